@@ -1,0 +1,1 @@
+"""what is here, and what brings the rest."""

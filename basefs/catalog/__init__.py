@@ -1,0 +1,1 @@
+"""which images Glance has, and which may be shown."""

@@ -1,0 +1,85 @@
+"""What basefs knows of an image: Glance's word, the verdict of the checks, and what happened here.
+
+`ImageRecord` and `Verdict` are immutable and replaced as a whole; `ImageEntry` is the one mutable object
+per image, owned by the trio loop: only code in the loop changes it, and no `await` stands between reading
+and changing it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+VerdictState = Literal["unchecked", "servable", "refused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """One image as Glance describes it. `size` is in bytes, None while the image is queued."""
+
+    image_id: str
+    name: str
+    size: int | None
+    disk_format: str | None
+    container_format: str | None
+    status: str
+    visibility: str
+    os_hidden: bool
+    owner: str | None
+    created_at: str
+    updated_at: str
+    checksum: str | None
+    os_hash_algo: str | None
+    os_hash_value: str | None
+    is_signed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether the image's bytes may be shown. `reason` says why not, in an operator's words."""
+
+    state: VerdictState
+    reason: str | None = None
+
+
+UNCHECKED = Verdict(state="unchecked")
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalState:
+    """What happened to the image on this node; persisted.
+
+    `used_at_ns` is None until the first open, utime or warm: only then the image has local state and
+    its own mtime. `fetched_bytes` counts what was ever fetched for it here, header included.
+    """
+
+    used_at_ns: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    mode: int | None = None
+    fetched_bytes: int = 0
+    source_kind: str | None = None
+    source_reason: str | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ImageEntry:
+    """One image in the catalog. `number` > 0 never changes and is never used again: it makes the inode."""
+
+    number: int
+    base_name: str
+    record: ImageRecord
+    verdict: Verdict = UNCHECKED
+    local: LocalState = field(default_factory=LocalState)
+    is_gone: bool = False
+    """Glance said with authority that it has no such image any more."""
+
+    @property
+    def image_id(self) -> str:
+        """Glance's id."""
+        return self.record.image_id
+
+    @property
+    def size(self) -> int:
+        """Stored bytes; 0 while Glance does not know."""
+        return self.record.size or 0

@@ -1,0 +1,1 @@
+"""single flight and the one door to threads."""

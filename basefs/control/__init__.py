@@ -1,0 +1,1 @@
+"""the Unix socket by which the commands reach the server."""

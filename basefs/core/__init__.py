@@ -1,0 +1,1 @@
+"""pure: no trio, no files, no clock, no logging."""

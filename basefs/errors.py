@@ -1,0 +1,127 @@
+"""The errors of basefs, in our words. No errno here: `fuse/errno_edge.py` has the one table.
+
+Inner layers raise these and do not log; the edge that answers (FUSE, control socket, command line)
+writes the one record. Callers tell cases apart by type, never by text. No message holds a token, a
+password or a `connection_info`.
+"""
+
+
+class BasefsError(Exception):
+    """Whatever basefs foresaw. The message names the option, file, image or byte concerned."""
+
+
+# --- what the operator gave us ---------------------------------------------------------------------
+
+
+class ConfigError(BasefsError):
+    """An option, a configuration file or a path in them is not usable. Nothing was started."""
+
+
+class MountError(BasefsError):
+    """The mount, the lower directory or the cache directory cannot be had as asked."""
+
+
+class ControlError(BasefsError):
+    """The server cannot be reached over the control socket, or refused the command."""
+
+
+class AmbiguousImageError(ControlError):
+    """A name fits several images; the message lists their ids."""
+
+
+class ImageBusyError(ControlError):
+    """The image is open, so its local bytes are not dropped."""
+
+
+# --- images ----------------------------------------------------------------------------------------
+
+
+class ImageNotFoundError(BasefsError):
+    """Glance said with authority that there is no such image (404, or status deleted)."""
+
+
+class ImageRefusedError(BasefsError):
+    """The image is there but must not be shown (design section 4); the message is the reason."""
+
+
+# --- sources ---------------------------------------------------------------------------------------
+
+
+class SourceError(BasefsError):
+    """The bytes or the metadata could not be had from Glance."""
+
+
+class SourceUnavailableError(SourceError):
+    """Try again later: no connection, time-out, 409, 429, 5xx, a body cut short.
+
+    `retry_after_s` is what the server asked for (Retry-After), or None.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class SourceForbiddenError(SourceError):
+    """Glance refuses us: 401 after a fresh token, or 403 (no role, or image deactivated)."""
+
+
+class SourceCorruptError(SourceError):
+    """The answer contradicts itself or what was asked: wrong length, wrong position, wrong hash, no data.
+
+    Nothing of it may be served.
+    """
+
+
+class RangeNotHonouredError(SourceError):
+    """Glance's store does not answer ranges for this image (400, 200, a body longer than asked under a 206)."""
+
+
+# --- the cache -------------------------------------------------------------------------------------
+
+
+class CacheError(BasefsError):
+    """The cache disk did not take or give a byte. Never felt by a reader: the bytes go round the cache."""
+
+
+# --- file operations -------------------------------------------------------------------------------
+
+
+class NoSuchEntryError(BasefsError):
+    """There is no such name or inode."""
+
+
+class ReadOnlyError(BasefsError):
+    """A virtual file or directory cannot be changed that way."""
+
+
+class NotSupportedError(BasefsError):
+    """The operation is not offered on this file."""
+
+
+class NoSuchAttributeError(BasefsError):
+    """The extended attribute is not there."""
+
+
+class AttributeRangeError(BasefsError):
+    """The caller's buffer is too small."""
+
+
+class BadHandleError(BasefsError):
+    """The file handle is unknown."""
+
+
+class LowerFileError(BasefsError):
+    """An operation on the lower directory failed; `os_error` is what its file system said."""
+
+    def __init__(self, os_error: OSError) -> None:
+        super().__init__(str(os_error))
+        self.os_error = os_error
+
+
+class DeadlineExceededError(BasefsError):
+    """The bytes or the answer did not come within the configured deadline."""
+
+
+class InternalError(BasefsError):
+    """A bug of ours, caught at an edge."""

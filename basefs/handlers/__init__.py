@@ -1,0 +1,1 @@
+"""how a base image is prepared, behind init, fetch_image and remove_image."""

@@ -1,0 +1,1 @@
+"""how stored bytes are shown."""
