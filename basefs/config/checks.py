@@ -1,0 +1,88 @@
+"""Options that are right one by one and wrong together."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from basefs import mounts
+from basefs.config.settings import Settings
+from basefs.errors import ConfigError
+
+PAGE_BYTES = 4096
+SOCKET_PATH_BYTES_MAX = 107
+"""sun_path of Linux without its NUL."""
+
+
+def check_together(settings: Settings) -> None:
+    """Returns when the settings can be used as they are.
+
+    Raises:
+        ConfigError: Names every option concerned, and why.
+    """
+    problems = [*_size_problems(settings), *_time_problems(settings), *_path_problems(settings)]
+    if settings.template_image_handler == "volume-linking":
+        problems.append("[basefs] template_image_handler = volume-linking is not in this version: use auto")
+    if not settings.nova_user:
+        problems.append("[basefs] nova_user is empty")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _size_problems(settings: Settings) -> Iterator[str]:
+    chunk_bytes = settings.chunk_bytes
+    if chunk_bytes & (chunk_bytes - 1):
+        yield f"[basefs] chunk_bytes = {chunk_bytes} is no power of two"
+    elif settings.fetch_request_bytes_max % chunk_bytes:
+        yield (
+            f"[basefs] fetch_request_bytes_max = {settings.fetch_request_bytes_max} is no multiple of "
+            f"chunk_bytes = {chunk_bytes}"
+        )
+    if settings.read_ahead_bytes % PAGE_BYTES:
+        yield f"[basefs] read_ahead_bytes = {settings.read_ahead_bytes} is no multiple of {PAGE_BYTES}"
+
+
+def _time_problems(settings: Settings) -> Iterator[str]:
+    if settings.catalog_full_refresh_s < settings.catalog_refresh_s:
+        yield (
+            f"[basefs] catalog_full_refresh_s = {settings.catalog_full_refresh_s:g} is less than "
+            f"catalog_refresh_s = {settings.catalog_refresh_s:g}"
+        )
+    if settings.other_io_deadline_s > settings.guest_io_deadline_s:
+        yield (
+            f"[basefs] other_io_deadline_s = {settings.other_io_deadline_s:g} is more than "
+            f"guest_io_deadline_s = {settings.guest_io_deadline_s:g}"
+        )
+
+
+def _path_problems(settings: Settings) -> Iterator[str]:
+    mountpoint = settings.mountpoint
+    yield from _mountpoint_problems(mountpoint)
+    for name, path in (
+        ("cache_dir", settings.cache_dir),
+        ("control_socket", settings.control_socket),
+        ("instances_path", settings.instances_path),
+    ):
+        if path.is_relative_to(mountpoint):
+            yield f"[basefs] {name} = {path} lies on the mount point {mountpoint}"
+    if mountpoint.is_relative_to(settings.cache_dir):
+        yield f"[basefs] mountpoint = {mountpoint} lies in cache_dir = {settings.cache_dir}"
+    if settings.cache_dir.is_relative_to(settings.control_socket):
+        yield f"[basefs] control_socket = {settings.control_socket} is the cache directory or above it"
+    if len(os.fsencode(settings.control_socket)) > SOCKET_PATH_BYTES_MAX:
+        yield f"[basefs] control_socket = {settings.control_socket} is longer than {SOCKET_PATH_BYTES_MAX} bytes"
+
+
+def _mountpoint_problems(mountpoint: Path) -> Iterator[str]:
+    if mountpoint == Path("/"):
+        yield "[basefs] mountpoint is the root directory"
+        return
+    if any(mount.is_basefs and mountpoint.is_relative_to(mount.mountpoint) for mount in mounts.mount_table()):
+        return  # A stat would ask the server, which may hang, or be this very process.
+    try:
+        is_directory = stat.S_ISDIR(os.stat(mountpoint).st_mode)
+    except OSError as exc:
+        yield f"[basefs] mountpoint = {mountpoint}: {exc.strerror}"
+        return
+    if not is_directory:
+        yield f"[basefs] mountpoint = {mountpoint} is no directory"

@@ -1,0 +1,175 @@
+"""Every option basefs has: section, name, type, bounds, default, and why the default is what it is."""
+
+from typing import Any
+
+from oslo_config import cfg
+
+KIB = 1024
+MIB = 1024 * KIB
+
+GLANCE_SECTION = "glance"
+SAMPLE_AUTH_TYPES = ("password", "v3applicationcredential", "none")
+"""The plugins whose options the sample shows; every other keystoneauth plugin works too."""
+
+_PATHS = [
+    cfg.StrOpt(
+        "mountpoint",
+        default="/var/lib/nova/instances/_base",
+        help="Where basefs is mounted: nova's image cache directory, <instances_path>/<subdirectory_name> of "
+        "nova.conf. What is in the directory before the mount shows through, read and write, and wins.",
+    ),
+    cfg.StrOpt(
+        "cache_dir",
+        default="/var/lib/basefs",
+        help="Chunks of images and the state database. Needs a local file system with sparse files. One basefs a "
+        "directory. Not on, above or below the mount point.",
+    ),
+    cfg.StrOpt(
+        "control_socket",
+        default="/run/basefs/control.sock",
+        help="Unix socket by which the commands talk to the server. Only its owner may use it (mode 0600).",
+    ),
+    cfg.StrOpt(
+        "instances_path",
+        help="nova's instances_path. Default: the parent of the mount point, which is right unless nova's "
+        "subdirectory_name has several components.",
+    ),
+    cfg.StrOpt(
+        "nova_user",
+        default="nova",
+        help="User that nova-compute runs as. Its directory listings show only images with local state, so that "
+        "nova's cache manager does not take the others for garbage.",
+    ),
+]
+
+_SHOWN = [
+    cfg.StrOpt(
+        "template_image_handler",
+        default="auto",
+        choices=[
+            ("auto", "the best way this version has for each image"),
+            ("downloading", "chunks over the Glance API into the local cache, when they are read"),
+            ("volume-linking", "the Cinder volume behind the image; not in this version"),
+        ],
+        help="How base images are prepared.",
+    ),
+    cfg.StrOpt(
+        "view",
+        default="raw",
+        choices=[
+            ("raw", "every base is shown as raw, as nova's default force_raw_images = True makes them"),
+            ("stored", "qcow2 images are shown as they are stored; only where every nova has force_raw_images = False"),
+        ],
+        help="What a qcow2 image is shown as. Overlays remember the format of their base for ever: never change "
+        "this while an overlay refers to a qcow2 image.",
+    ),
+    cfg.BoolOpt(
+        "verify_glance_signatures",
+        default=False,
+        help="Set it where nova has [glance] verify_glance_signatures: signed images are then not shown, so that "
+        "nova downloads and verifies them itself.",
+    ),
+]
+
+_FETCHING = [
+    cfg.IntOpt(
+        "chunk_bytes",
+        default=64 * KIB,
+        min=16 * KIB,
+        max=4 * MIB,
+        help="Granularity of the cache, in bytes; a power of two. A Debian boot touched 43 MB at 64 KiB, 65 MB at "
+        "256 KiB, 128 MB at 1 MiB.",
+    ),
+    cfg.IntOpt(
+        "fetch_threads_max",
+        default=8,
+        min=3,
+        max=64,
+        help="Requests to Glance in flight at a time. Two of them are kept for reads that somebody waits for.",
+    ),
+    cfg.IntOpt(
+        "fetch_request_bytes_max",
+        default=8 * MIB,
+        min=256 * KIB,
+        max=64 * MIB,
+        help="Largest range asked for at once, in bytes; a multiple of chunk_bytes. One Glance process answers about "
+        "170 requests a second whatever their size, so large ranges carry the throughput.",
+    ),
+    cfg.IntOpt(
+        "read_ahead_bytes",
+        default=MIB,
+        min=0,
+        max=16 * MIB,
+        help="The kernel's readahead on the mount, in bytes; a multiple of 4096. 1 MiB instead of the kernel's "
+        "128 KiB tripled buffered sequential reads of cached images.",
+    ),
+    cfg.IntOpt(
+        "max_background",
+        default=64,
+        min=1,
+        max=65535,
+        help="Asynchronous requests (readahead, O_DIRECT with a queue) that the kernel has open with the server at "
+        "a time; further ones wait in the kernel.",
+    ),
+]
+
+_TIMES = [
+    cfg.FloatOpt(
+        "catalog_refresh_s",
+        default=60.0,
+        min=0.1,
+        max=86400.0,
+        help="Seconds between incremental refreshes of the image catalog. An unknown name asks Glance at once.",
+    ),
+    cfg.FloatOpt(
+        "catalog_full_refresh_s",
+        default=3600.0,
+        min=0.1,
+        max=604800.0,
+        help="Seconds between full refreshes, which also notice deleted images. Not less than catalog_refresh_s.",
+    ),
+    cfg.FloatOpt(
+        "lookup_deadline_s",
+        default=5.0,
+        min=0.1,
+        max=60.0,
+        help="Seconds a lookup of an unknown name may wait for Glance before EIO.",
+    ),
+    cfg.FloatOpt(
+        "guest_io_deadline_s",
+        default=300.0,
+        min=1.0,
+        max=86400.0,
+        help="Seconds a guest's read (opened by a qemu system emulator) waits through an outage before EIO.",
+    ),
+    cfg.FloatOpt(
+        "other_io_deadline_s",
+        default=15.0,
+        min=0.1,
+        max=86400.0,
+        help="Seconds anybody else's read waits before EIO. Not more than guest_io_deadline_s.",
+    ),
+]
+
+BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES]
+
+
+def glance_common_opts() -> list[cfg.Opt]:
+    """The options of [glance] that do not depend on `auth_type`: session, adapter, choice of the plugin."""
+    # Here and not at the top: keystoneauth1 takes 0.5 s to import, and help texts do not need it.
+    from keystoneauth1 import loading
+
+    adapter = loading.get_adapter_conf_options()
+    cfg.set_defaults(adapter, service_type="image")
+    return [*loading.get_auth_common_conf_options(), *loading.get_session_conf_options(), *adapter]
+
+
+def list_opts() -> list[tuple[str, list[Any]]]:
+    """What `oslo-config-generator --namespace basefs` writes. [DEFAULT] comes from the namespace `oslo.log`."""
+    from keystoneauth1 import loading
+
+    glance = {opt.dest: opt for opt in glance_common_opts()}
+    for auth_type in SAMPLE_AUTH_TYPES:
+        for opt in loading.get_auth_plugin_conf_options(auth_type):
+            glance.setdefault(opt.dest, opt)
+    return [("basefs", BASEFS_OPTS), (GLANCE_SECTION, list(glance.values()))]

@@ -1,0 +1,35 @@
+"""The checked configuration, as one frozen value that is handed out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Handler = Literal["auto", "downloading", "volume-linking"]
+View = Literal["raw", "stored"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """`[basefs]` of the configuration files, checked together. Paths are absolute, without links or `..`.
+
+    Names and bounds are those of `options.py`; `*_s` are seconds, `*_bytes` bytes.
+    """
+
+    mountpoint: Path
+    cache_dir: Path
+    control_socket: Path
+    instances_path: Path
+    nova_user: str
+    template_image_handler: Handler
+    view: View
+    verify_glance_signatures: bool
+    chunk_bytes: int
+    fetch_threads_max: int
+    fetch_request_bytes_max: int
+    read_ahead_bytes: int
+    max_background: int
+    catalog_refresh_s: float
+    catalog_full_refresh_s: float
+    lookup_deadline_s: float
+    guest_io_deadline_s: float
+    other_io_deadline_s: float

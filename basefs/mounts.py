@@ -1,0 +1,148 @@
+"""The kernel's mount table and mount(2), by the standard library only.
+
+Nothing here touches what lies *in* a mount: a path is never stat'ed, because a stat on a FUSE mount whose
+server hangs never comes back, and one from the server itself is a deadlock. `/proc/self/mountinfo` and
+`readlink` are answered by the kernel alone.
+"""
+
+import ctypes
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+FUSE_TYPE = "fuse.basefs"
+FUSE_SOURCE = "basefs"
+
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_SYMLINKS_MAX = 40
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One line of mountinfo. `minor` names the FUSE connection when the type is FUSE."""
+
+    mount_id: int
+    major: int
+    minor: int
+    mountpoint: str
+    options: str
+    fstype: str
+    source: str
+    super_options: str
+
+    @property
+    def is_basefs(self) -> bool:
+        """True for a mount that a basefs keeper made."""
+        return self.fstype == FUSE_TYPE
+
+
+def mount_table() -> list[Mount]:
+    """All mounts of this process's mount namespace, in the order they were made."""
+    return [_parse_line(line) for line in _MOUNTINFO.read_text("utf-8", "surrogateescape").splitlines()]
+
+
+def mount_at(mountpoint: str | os.PathLike[str]) -> Mount | None:
+    """The topmost mount exactly on the path, or None. The path must be absolute and resolved."""
+    wanted = os.fspath(mountpoint)
+    return next((mount for mount in reversed(mount_table()) if mount.mountpoint == wanted), None)
+
+
+def mount_by_id(mount_id: int) -> Mount | None:
+    """The mount with that id while it is attached somewhere, or None."""
+    return next((mount for mount in mount_table() if mount.mount_id == mount_id), None)
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """The absolute path with every symbolic link followed, as mountinfo would spell it.
+
+    Components that do not exist, and those inside a basefs mount, are kept as they are. None is stat'ed.
+
+    Raises:
+        OSError: ELOOP for a loop of links.
+    """
+    ours = {mount.mountpoint for mount in mount_table() if mount.is_basefs}
+    pending = os.path.abspath(path).split("/")[1:][::-1]
+    done = "/"
+    links = 0
+    while pending:
+        name = pending.pop()
+        if name in {"", "."}:
+            continue
+        if name == "..":
+            done = os.path.dirname(done)
+            continue
+        if done in ours:
+            return Path(done, name, *pending[::-1])
+        candidate = os.path.join(done, name)
+        try:
+            target = os.readlink(candidate)
+        except OSError:
+            done = candidate
+            continue
+        links += 1
+        if links > _SYMLINKS_MAX:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+        if target.startswith("/"):
+            done = "/"
+        pending.extend(target.split("/")[::-1])
+    return Path(done)
+
+
+def mount_fuse(fuse_fd: int, mountpoint: str, *, root_mode: int = 0o40000) -> None:
+    """Attach the FUSE connection of `fuse_fd` (an open /dev/fuse) to the directory.
+
+    Raises:
+        OSError: What mount(2) said, with the path.
+    """
+    options = f"fd={fuse_fd},rootmode={root_mode:o},user_id=0,group_id=0,allow_other,default_permissions"
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    target = os.fsencode(mountpoint)
+    if _libc.mount(FUSE_SOURCE.encode(), target, FUSE_TYPE.encode(), flags, options.encode()):
+        _raise_errno(mountpoint)
+
+
+def unmount(mountpoint: str | os.PathLike[str], *, is_lazy: bool = False) -> None:
+    """Take the topmost mount off the path; with `is_lazy` also while files on it are open.
+
+    Raises:
+        OSError: EBUSY while files on it are open, EINVAL where nothing is mounted.
+    """
+    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if is_lazy else 0)
+    if _libc.umount2(os.fsencode(mountpoint), flags):
+        _raise_errno(os.fspath(mountpoint))
+
+
+def _raise_errno(path: str) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), path)
+
+
+def _parse_line(line: str) -> Mount:
+    fields = line.split(" ")
+    separator = fields.index("-", 6)
+    major, minor = fields[2].split(":")
+    return Mount(
+        mount_id=int(fields[0]),
+        major=int(major),
+        minor=int(minor),
+        mountpoint=_unescape(fields[4]),
+        options=fields[5],
+        fstype=fields[separator + 1],
+        source=_unescape(fields[separator + 2]),
+        super_options=fields[separator + 3],
+    )
+
+
+def _unescape(text: str) -> str:
+    """Undo the kernel's octal escapes of space, tab, newline and backslash."""
+    for octal, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\043", "#"), ("\\134", "\\")):
+        text = text.replace(octal, char)
+    return text
