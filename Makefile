@@ -1,0 +1,36 @@
+# `make demo` and `make test` are all a newcomer needs: each sets up what it uses first.
+PYTHON := .venv/bin/python
+TEST_ARGS ?=
+
+.PHONY: setup demo test check bench guest clean
+.DEFAULT_GOAL := test
+
+setup:
+	@tools/setup
+
+demo: setup
+	@$(PYTHON) -m tools.demo
+
+test: setup
+	@$(PYTHON) -m pytest $(TEST_ARGS)
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/mypy -p tools
+	.venv/bin/lint-imports
+
+# The Debian guest of the demo, the boot tests and the benchmarks; kept under .cache.
+guest: setup
+	@$(PYTHON) -m tools.guest build
+
+# All figures side by side in one run; `make bench-boot` and so on for one of them.
+bench: setup
+	@$(PYTHON) -m tools.bench
+
+bench-%: setup
+	@$(PYTHON) -m tools.bench $*
+
+clean:
+	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,15 @@
+"""A real Glance (and, if asked for, a real Keystone) on loopback, as plain processes under one directory.
+
+Runs the services from `.venvs/glance`; imports nothing but the standard library, so that every venv can use it:
+
+    with Rig(directory) as rig:
+        image_id = rig.upload(b"...", "cirros")
+        print(rig.glance_url, rig.conf_lines())
+"""
+
+from tools.rig.api import ApiError, GlanceApi
+from tools.rig.identity import PASSWORD
+from tools.rig.processes import RigError
+from tools.rig.rig import GlanceRequest, Rig
+
+__all__ = ["PASSWORD", "ApiError", "GlanceApi", "GlanceRequest", "Rig", "RigError"]
