@@ -10,8 +10,9 @@ Standard input takes ``{"command": name, ...arguments}``, a line each; standard 
 * ``opens``: files under instances_path which nova's own process opened, renamed or removed, as ``[event, path]``;
 * ``seconds``.
 
-With ``--user`` the process is what nova-compute is on a compute node: that user's uid, with a privsep daemon of root's beside
-it. CAP_DAC_READ_SEARCH stays, because the interpreter and the test's folders may lie below folders of root's; no write needs it.
+With ``--user`` the process is what nova-compute is on a compute node: that user's uid, with a privsep daemon of root's
+beside it. CAP_DAC_READ_SEARCH stays, because the interpreter and the test's folders may lie below folders of root's;
+it opens nothing for writing.
 """
 
 from __future__ import annotations
