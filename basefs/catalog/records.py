@@ -48,7 +48,8 @@ class LocalState:
     """What happened to the image on this node; persisted.
 
     `used_at_ns` is None until the first open, utime or warm: only then the image has local state and
-    its own mtime. `fetched_bytes` counts what was ever fetched for it here, header included.
+    its own mtime. `fetched_bytes` counts what was ever fetched for it here, header included;
+    `cached_bytes` is what is in the chunk file (while that is closed: as of its last closing).
     """
 
     used_at_ns: int | None = None
@@ -58,6 +59,7 @@ class LocalState:
     gid: int | None = None
     mode: int | None = None
     fetched_bytes: int = 0
+    cached_bytes: int = 0
     source_kind: str | None = None
     source_reason: str | None = None
 

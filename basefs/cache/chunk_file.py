@@ -1,0 +1,247 @@
+"""The local bytes of one image: `<inode>.data` (sparse) and `<inode>.map` (which chunks, and their checksums).
+
+Invariants:
+- A chunk's bytes are written before its checksum, its checksum before its `ready` byte; whoever sees a
+  ready byte sees the bytes. Nothing is synced: after a power cut a checksum tells a chunk that is whole
+  from one that is not.
+- `ready` is zeroed when the file is opened. A chunk becomes ready only by `mark_ready`, after it was
+  written or verified in the life of this server.
+- Checksums go to disk by pwrite, never through the mapping, and the pages of `ready` are written before
+  they are mapped: a full disk is an OSError here, not a SIGBUS that ends the mount.
+
+Methods that say "thread" block on the disk and are called through `BlockingCalls`; the others touch memory only.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from basefs import errors
+from basefs.cache.holes import punch_hole
+from basefs.core.chunk_map import NOT_READY, PAGE, READY, READY_MARKED, ChunkMapHeader, checksum, parse_header
+
+HIT_BYTES_MAX = 1 << 20
+"""The largest read the kernel sends (FUSE max_pages 256)."""
+
+# One buffer for all hits: pyfuse3 copies the reply into the kernel before any other task can run, and
+# filling a kept buffer saves the allocation and page faults of a fresh `bytes` (1 MiB: 250 us).
+_hit_buffer = memoryview(bytearray(HIT_BYTES_MAX))
+_ALL_READY = bytes([READY]) * (HIT_BYTES_MAX // (16 * 1024) + 2)
+
+
+def data_path(directory: Path, inode: int) -> Path:
+    """Where the stored bytes of the image with this inode are."""
+    return directory / f"{inode}.data"
+
+
+def map_path(directory: Path, inode: int) -> Path:
+    """Where the chunk map of the image with this inode is."""
+    return directory / f"{inode}.map"
+
+
+def remove_files(directory: Path, inode: int) -> None:
+    """Forget an image's local bytes (thread). The map goes first: data without a map are nothing."""
+    for path in (map_path(directory, inode), data_path(directory, inode)):
+        path.unlink(missing_ok=True)
+
+
+class ChunkFile:
+    """An open pair of data and map file. Build it with `open_chunk_file`."""
+
+    def __init__(self, header: ChunkMapHeader, data_fd: int, map_fd: int) -> None:
+        self.header = header
+        self.size = header.size
+        self._data_fd = data_fd
+        self._map_fd = map_fd
+        self._shift = header.chunk_bytes.bit_length() - 1
+        self._mapping = mmap.mmap(map_fd, header.sums_offset)
+        self._view = memoryview(self._mapping)
+        self._ready = self._view[header.ready_offset : header.ready_offset + header.chunks]
+        self._zeros = bytes(header.chunk_bytes)
+
+    def hit(self, offset: int, size: int) -> memoryview | bytes | None:
+        """The bytes of `[offset, offset + size)` up to the end of the image, if they can be had at once.
+
+        None when a chunk is not ready, a marker asks for the planner, or a page is not in memory. The
+        answer is valid until the next await. 0 <= offset; never raises.
+        """
+        end = offset + size
+        if end > self.size:
+            end = self.size
+            size = end - offset
+            if size <= 0:
+                return b""
+        first = offset >> self._shift
+        last = (end - 1) >> self._shift
+        if first == last:
+            if self._ready[first] != READY:
+                return None
+        elif size > HIT_BYTES_MAX or self._ready[first : last + 1] != _ALL_READY[: last + 1 - first]:
+            return None
+        into = _hit_buffer[:size]
+        try:
+            # Inline: 6 us against 64 us through a thread. RWF_NOWAIT: a cold page must not stop the loop.
+            if os.preadv(self._data_fd, (into,), offset, os.RWF_NOWAIT) == size:
+                return into
+        except OSError:
+            pass
+        return None
+
+    def is_ready(self, index: int) -> bool:
+        """Whether chunk `index` may be served."""
+        return self._ready[index] != NOT_READY
+
+    def is_marked(self, index: int) -> bool:
+        """Whether the first touch of chunk `index` is to be told to the planner."""
+        return self._ready[index] == READY_MARKED
+
+    def mark_ready(self, index: int, *, marker: bool = False) -> None:
+        """Let chunk `index` be served; its bytes and checksum are in place."""
+        self._ready[index] = READY_MARKED if marker else READY
+
+    def mark_not_ready(self, index: int) -> None:
+        """Stop serving chunk `index`."""
+        self._ready[index] = NOT_READY
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `[offset, offset + length)` from the disk (thread).
+
+        Raises:
+            CacheError: the disk gave an error or fewer bytes.
+        """
+        try:
+            data = os.pread(self._data_fd, length, offset)
+        except OSError as exc:
+            raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
+        if len(data) != length:
+            raise errors.CacheError(f"cache file of {self.header.image_id}: {len(data)} of {length} bytes at {offset}")
+        return data
+
+    def read_verified(self, index: int) -> bytes | None:
+        """Chunk `index` if its bytes fit its checksum, else None (thread). A damaged disk is a None too."""
+        try:
+            data = self.read(index * self.header.chunk_bytes, self.header.chunk_length(index))
+            (wanted,) = struct.unpack("<Q", os.pread(self._map_fd, 8, self.header.sums_offset + 8 * index))
+        except (errors.CacheError, OSError, struct.error):
+            return None
+        return data if wanted == checksum(data) else None
+
+    def write_piece(self, offset: int, piece: bytes) -> None:
+        """Store the whole chunks in `piece` at chunk-aligned `offset`, then their checksums (thread).
+
+        Raises:
+            CacheError: the disk did not take them; none of them counts.
+        """
+        chunk_bytes = self.header.chunk_bytes
+        view = memoryview(piece)
+        sums = [checksum(view[at : at + chunk_bytes]) for at in range(0, len(piece), chunk_bytes)]
+        try:
+            if self._has_zero_chunk(view):
+                for at in range(0, len(piece), chunk_bytes):
+                    self._write_chunk(offset + at, view[at : at + chunk_bytes])
+            else:
+                _write_all(self._data_fd, view, offset)
+            packed = struct.pack(f"<{len(sums)}Q", *sums)
+            _write_all(self._map_fd, memoryview(packed), self.header.sums_offset + 8 * (offset // chunk_bytes))
+        except OSError as exc:
+            raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
+
+    def _has_zero_chunk(self, view: memoryview) -> bool:
+        step = self.header.chunk_bytes
+        return any(not view[at] and view[at : at + step] == self._zeros for at in range(0, len(view), step))
+
+    def _write_chunk(self, offset: int, chunk: memoryview) -> None:
+        # A chunk of zeros becomes a hole: images are mostly zeros, and disks for caches are small.
+        if chunk == self._zeros[: len(chunk)]:
+            try:
+                punch_hole(self._data_fd, offset, len(chunk))
+            except OSError:
+                _write_all(self._data_fd, chunk, offset)
+        else:
+            _write_all(self._data_fd, chunk, offset)
+
+    def clear(self, indexes: Iterable[int]) -> None:
+        """Forget the checksums of these chunks (thread). They count no more, also after a restart."""
+        try:
+            for index in indexes:
+                _write_all(self._map_fd, memoryview(bytes(8)), self.header.sums_offset + 8 * index)
+        except OSError as exc:
+            raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
+
+    def stored_states(self) -> bytearray:
+        """One byte a chunk, 1 where there is a checksum, 0 elsewhere (thread)."""
+        states = bytearray(self.header.chunks)
+        step = 1 << 16
+        for start in range(0, self.header.chunks, step):
+            count = min(step, self.header.chunks - start)
+            raw = os.pread(self._map_fd, 8 * count, self.header.sums_offset + 8 * start)
+            if raw.strip(b"\0"):
+                sums = struct.unpack(f"<{len(raw) // 8}Q", raw)
+                states[start : start + len(sums)] = bytes(1 if value else 0 for value in sums)
+        return states
+
+    def close(self) -> None:
+        """Give the fds and the mapping back. Nobody may use the object afterwards."""
+        self._ready.release()
+        self._view.release()
+        self._mapping.close()
+        os.close(self._data_fd)
+        os.close(self._map_fd)
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tuple[ChunkFile, bytearray]:
+    """The local bytes of an image, made if there are none, and which chunks have a checksum (thread).
+
+    A map that is damaged, of another version, or of another image or size is begun anew; a map with
+    another `chunk_bytes` is used as it is.
+
+    Raises:
+        CacheError: the cache disk does not take them.
+    """
+    data_fd = map_fd = -1
+    try:
+        map_fd = os.open(map_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        header = _usable_header(map_fd, wanted)
+        if header is None:
+            header = wanted
+            data_path(directory, inode).unlink(missing_ok=True)
+            _format_map(map_fd, header)
+        else:
+            _write_all(map_fd, memoryview(bytes(header.sums_offset - PAGE)), PAGE)
+        data_fd = os.open(data_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if os.fstat(data_fd).st_size < header.size:
+            os.ftruncate(data_fd, header.size)
+        chunk_file = ChunkFile(header, data_fd, map_fd)
+        return chunk_file, chunk_file.stored_states()
+    except (OSError, ValueError) as exc:
+        for fd in (data_fd, map_fd):
+            if fd >= 0:
+                os.close(fd)
+        raise errors.CacheError(f"cache directory {directory}: {exc}") from exc
+
+
+def _usable_header(map_fd: int, wanted: ChunkMapHeader) -> ChunkMapHeader | None:
+    try:
+        header = parse_header(os.pread(map_fd, PAGE, 0))
+    except ValueError:
+        return None
+    fits = header.image_id == wanted.image_id and header.size == wanted.size
+    return header if fits and os.fstat(map_fd).st_size == header.map_bytes else None
+
+
+def _format_map(map_fd: int, header: ChunkMapHeader) -> None:
+    # The header last: a map that was begun and not finished is no map.
+    os.ftruncate(map_fd, 0)
+    os.ftruncate(map_fd, header.map_bytes)
+    os.posix_fallocate(map_fd, 0, header.sums_offset)
+    _write_all(map_fd, memoryview(bytes(header.sums_offset - PAGE)), PAGE)
+    _write_all(map_fd, memoryview(header.pack()), 0)

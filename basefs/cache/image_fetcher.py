@@ -1,0 +1,238 @@
+"""Reads of one image on this node: what is here is served, what is not is waited for.
+
+Owned by the trio loop. `_ledger` knows the chunks, `_transfers` brings them, `_board` wakes the readers; no
+await stands between finding a chunk absent and waiting for it.
+"""
+
+import copy
+import logging
+
+import trio
+
+from basefs import errors
+from basefs.cache.chunk_file import ChunkFile
+from basefs.cache.ledger import ChunkLedger
+from basefs.cache.transfers import FetchServices, ImageTransfers
+from basefs.cache.waiters import WaiterBoard
+from basefs.catalog.records import ImageEntry
+from basefs.core.byte_ranges import chunk_span
+
+log = logging.getLogger(__name__)
+
+
+class ImageFetcher:
+    """One image's bytes, through its chunk file. `file` is None while the cache directory is not usable."""
+
+    def __init__(
+        self, entry: ImageEntry, file: ChunkFile | None, states: bytearray, chunk_bytes: int, services: FetchServices
+    ) -> None:
+        self.entry = entry
+        self.size = entry.size
+        self.chunk_bytes = chunk_bytes
+        self.damaged_chunks = 0
+        self._services = services
+        self._board = WaiterBoard()
+        self._ledger = ChunkLedger(states, file, size=entry.size, chunk_bytes=chunk_bytes)
+        self._transfers = ImageTransfers(entry, self._ledger, self._board, services)
+        self._readers = 0
+        self._no_readers = trio.Event()
+        self._transfers.tell_size()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Image bytes in the chunk file, exactly."""
+        return self._ledger.cached_bytes
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every byte is in the chunk file."""
+        return self._ledger.cached_bytes == self.size
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the image comes as one sequential stream."""
+        return self._transfers.is_streamed
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transfer is under way or a reader is inside."""
+        return self._transfers.under_way > 0 or self._readers > 0
+
+    def hit(self, offset: int, size: int) -> memoryview | bytes | None:
+        """See `ChunkFile.hit`."""
+        file = self._ledger.file
+        return None if file is None else file.hit(offset, size)
+
+    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
+        """Exactly `[offset, offset + length)`; 0 <= offset, 0 < length, offset + length <= size.
+
+        Waits up to `deadline_s`, through outages and retries; `patient` readers (guests) also wait through
+        a refusal (401, 403), which an operator may lift; others get it at once.
+
+        Raises:
+            ImageNotFoundError: Glance has the image no more and the bytes are not here.
+            SourceError: why the last try failed, when the deadline came.
+            DeadlineExceededError: no try failed, and the bytes did not come in time.
+        Cancellation: at any time; transfers under way go on.
+        """
+        last_error: list[errors.BasefsError] = []
+        self._readers += 1
+        try:
+            with trio.move_on_after(deadline_s):
+                return await self._read(offset, length, patient, last_error)
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._no_readers.set()
+                self._no_readers = trio.Event()
+        if last_error:
+            raise last_error[-1]
+        raise errors.DeadlineExceededError(
+            f"image {self.entry.image_id}: bytes {offset}-{offset + length - 1} did not come within {deadline_s:g} s"
+        )
+
+    async def _read(self, offset: int, length: int, patient: bool, last_error: list[errors.BasefsError]) -> bytes:
+        """As `read`, without the deadline; `last_error` gets the failures that were waited through."""
+        span = chunk_span(offset, length, self.chunk_bytes)
+        unstored: dict[int, bytes] = {}
+        while True:
+            for marker in self._ledger.touch_markers(span):
+                self._transfers.read_ahead(marker)
+            await self._verify(span)
+            absent = [index for index in self._ledger.absent(span) if index not in unstored]
+            if not absent:
+                data = await self._assemble(span, offset, length, unstored)
+                if data is not None:
+                    return data
+            elif not self._transfers.gate.is_open:
+                await self._transfers.gate.wait()
+            else:
+                try:
+                    unstored |= await self._wait_for(absent)
+                except errors.BasefsError as exc:
+                    last_error[:] = [exc]
+                    if not _may_pass(exc, patient=patient):
+                        raise
+
+    async def _wait_for(self, absent: list[int]) -> dict[int, bytes]:
+        """Have `absent` chunks fetched and wait; those that the disk did not take are returned."""
+        waiter = self._board.add(absent)
+        try:
+            self._transfers.demand(absent)
+            await waiter.done.wait()
+        finally:
+            self._board.leave(waiter)
+        if waiter.error is not None:
+            raise copy.copy(waiter.error)
+        return waiter.unstored
+
+    async def _assemble(self, span: range, offset: int, length: int, unstored: dict[int, bytes]) -> bytes | None:
+        """The bytes, all of which are here; None when the cache disk failed and the reader has to look again."""
+        if not unstored:
+            hit = self.hit(offset, length)
+            return bytes(hit) if hit is not None else await self._read_file(offset, length, span)
+        parts = []
+        for index in span:
+            start = index * self.chunk_bytes
+            begin, end = max(offset, start), min(offset + length, start + self.chunk_bytes)
+            part: bytes | None
+            if index in unstored:
+                part = unstored[index][begin - start : end - start]
+            else:
+                part = await self._read_file(begin, end - begin, range(index, index + 1))
+            if part is None:
+                return None
+            parts.append(part)
+        return b"".join(parts)
+
+    async def _read_file(self, offset: int, length: int, span: range) -> bytes | None:
+        file = self._ledger.file
+        if file is not None:
+            try:
+                return await self._services.disk.run(file.read, offset, length)
+            except errors.CacheError as exc:
+                self._transfers.disk_failed(exc)
+        for index in span:
+            self._ledger.lose(index)
+        return None
+
+    async def _verify(self, span: range) -> None:
+        """Check the chunks of an earlier life in `span` against their checksums; damaged ones become absent."""
+        stored = self._ledger.unverified(span)
+        file = self._ledger.file
+        if not stored or file is None:
+            return
+        good = await self._services.disk.run(_verified, file, stored)
+        damaged = 0
+        for index in self._ledger.unverified(span):  # less what another reader was quicker with
+            if index in good:
+                self._ledger.stored(index)
+            else:
+                self._ledger.lose(index)
+                damaged += 1
+        if damaged:
+            self.damaged_chunks += damaged
+            log.warning(
+                "image %s: %d cached chunks from byte %d on are damaged; they are fetched again",
+                self.entry.image_id, damaged, span.start * self.chunk_bytes,
+            )  # fmt: skip
+            self._transfers.tell_size()
+
+    async def fetch_background(self, bytes_max: int) -> bool:
+        """Bring something that is missing, at most `bytes_max`, at background priority; False when nothing is.
+
+        A streamed image is brought whole.
+
+        Raises:
+            SourceError, ImageNotFoundError: the transfer failed.
+        """
+        if not self.is_streamed:
+            return await self._transfers.background(max(1, bytes_max // self.chunk_bytes))
+        absent = self._ledger.absent(range(len(self._ledger.states)))
+        if absent:
+            await self._wait_for(absent)
+        return bool(absent)
+
+    async def wait_retry(self) -> None:
+        """Return when a try may be made after a failed one."""
+        await self._transfers.gate.wait()
+
+    async def store_header(self, header: bytes) -> None:
+        """Keep the image's first bytes, which the checks read (whole chunks of them, or the whole image)."""
+        whole = len(header) if len(header) == self.size else len(header) // self.chunk_bytes * self.chunk_bytes
+        if not whole:
+            return
+        receiver = self._transfers.new_receiver()
+        try:
+            await self._services.disk.run(receiver.take, 0, header[:whole])
+        finally:
+            self._transfers.end_receiver(receiver)
+        self._transfers.tell_size()
+
+    def stop_unwanted(self) -> None:
+        """Ask what is under way to end at its next piece, unless a reader waits for a chunk."""
+        if not len(self._board):
+            self._transfers.stop()
+
+    async def close(self) -> None:
+        """Give the chunk file back once nothing is under way; transfers are stopped, readers waited for."""
+        while self.is_busy:
+            self._transfers.stop()
+            await self._transfers.wait_idle()
+            if self._readers:
+                await self._no_readers.wait()
+        self._transfers.tell_size()
+        file, self._ledger.file = self._ledger.file, None
+        if file is not None:
+            file.close()
+
+
+def _may_pass(error: errors.BasefsError, *, patient: bool) -> bool:
+    """Whether waiting may help."""
+    if isinstance(error, errors.SourceUnavailableError | errors.SourceCorruptError):
+        return True
+    return patient and isinstance(error, errors.SourceForbiddenError)
+
+
+def _verified(file: ChunkFile, indexes: list[int]) -> set[int]:
+    return {index for index in indexes if file.read_verified(index) is not None}

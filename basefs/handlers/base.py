@@ -1,0 +1,73 @@
+"""How a base image is prepared: the base class of the nova blueprint, `init`, `fetch_image`, `remove_image`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+from basefs.catalog.records import ImageEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a reader waits, and whether it also waits through a refusal (a guest does)."""
+
+    deadline_s: float
+    is_guest: bool
+
+
+class PreparedImage(Protocol):
+    """An image whose bytes can be read; what is not here comes meanwhile."""
+
+    @property
+    def size(self) -> int:
+        """Bytes shown."""
+        ...
+
+    def hit(self, offset: int, size: int) -> memoryview | bytes | None:
+        """What is shown of `[offset, offset + size)`, up to the end, if it can be had at once; else None.
+
+        The answer is valid until the next await. Never raises.
+        """
+        ...
+
+    async def read(self, offset: int, size: int, patience: Patience) -> bytes:
+        """What is shown of `[offset, offset + size)`: all of it up to the end, or an error.
+
+        Raises:
+            BasefsError: why the bytes did not come within the patience.
+        """
+        ...
+
+
+class TemplateImageHandler(ABC):
+    """One way to prepare base images (`[basefs] template_image_handler`)."""
+
+    name: str
+
+    @abstractmethod
+    async def init(self) -> None:
+        """Prepare again after a restart what was prepared before."""
+
+    @abstractmethod
+    async def fetch_image(self, entry: ImageEntry) -> PreparedImage:
+        """The image, ready to be read. Does no slow work: bytes come when they are read.
+
+        Raises:
+            BasefsError: it cannot be prepared now.
+        """
+
+    @abstractmethod
+    async def remove_image(self, entry: ImageEntry) -> int:
+        """Drop what is here of an image that nobody has open; how many bytes that were. Glance keeps its own."""
+
+    @abstractmethod
+    async def keep_header(self, entry: ImageEntry, header: bytes) -> None:
+        """Keep the image's first bytes, which the checks have read."""
+
+    @abstractmethod
+    def warm(self, entry: ImageEntry) -> None:
+        """Begin to bring the whole image in the background (nova's pre-cache call)."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give everything back; what was prepared can be prepared again by the next server."""

@@ -1,0 +1,174 @@
+"""The downloading handler: chunks over the Glance API into a local cache, when they are read.
+
+Invariants: at most one fetcher an image, and so one chunk file; a fetcher is closed only when nobody has the
+image open and nothing is under way. Images nobody has open stay prepared, the least recently used beyond
+IDLE_IMAGES_MAX are closed.
+"""
+
+import logging
+from pathlib import Path
+
+import trio
+
+from basefs import errors
+from basefs.cache.chunk_file import ChunkFile, open_chunk_file, remove_files
+from basefs.cache.image_fetcher import ImageFetcher
+from basefs.cache.transfers import FetchServices
+from basefs.cache.warmer import Warmer
+from basefs.catalog.records import ImageEntry
+from basefs.concurrency.single_flight import SingleFlight
+from basefs.core.chunk_map import ChunkMapHeader
+from basefs.core.inodes import image_inode, image_number_of
+from basefs.handlers.base import Patience, TemplateImageHandler
+from basefs.views.stored import StoredView
+
+log = logging.getLogger(__name__)
+
+IDLE_IMAGES_MAX = 64
+
+
+class DownloadedImage:
+    """A prepared image: its view over its fetcher."""
+
+    def __init__(self, fetcher: ImageFetcher) -> None:
+        self.fetcher = fetcher
+        self._view = StoredView(fetcher)
+        self.size = self._view.size
+        self.hit = self._view.hit
+        self.opens = 0
+
+    async def read(self, offset: int, size: int, patience: Patience) -> bytes:
+        """See `PreparedImage.read`."""
+        return await self._view.read(offset, size, deadline_s=patience.deadline_s, patient=patience.is_guest)
+
+
+class DownloadingTemplateImageHandler(TemplateImageHandler):
+    """Prepares images out of `chunks_dir`."""
+
+    name = "downloading"
+
+    def __init__(self, chunks_dir: Path, chunk_bytes: int, services: FetchServices) -> None:
+        self._chunks_dir = chunks_dir
+        self._chunk_bytes = chunk_bytes
+        self._services = services
+        self._images: dict[int, DownloadedImage] = {}  # in order of last use
+        self._opening: SingleFlight[int, DownloadedImage] = SingleFlight(services.nursery)
+        self._removing: dict[int, trio.Event] = {}
+        self.warmer = Warmer(services.nursery, self._fetcher_of)
+
+    async def init(self) -> None:
+        """Make the chunk directory.
+
+        Raises:
+            CacheError: it cannot be made.
+        """
+        try:
+            await self._services.disk.run(_make_directory, self._chunks_dir)
+        except OSError as exc:
+            raise errors.CacheError(f"cache directory {self._chunks_dir}: {exc}") from exc
+
+    async def remove_unknown(self, known_numbers: set[int]) -> None:
+        """Remove chunk files of images that the catalog does not know; nobody will ask for them again."""
+        removed = await self._services.disk.run(_remove_unknown, self._chunks_dir, known_numbers)
+        if removed:
+            log.info("removed the chunk files of %d unknown images", removed)
+
+    async def fetch_image(self, entry: ImageEntry) -> DownloadedImage:
+        """See the base class. A cache disk that fails is no error: the bytes then go round it."""
+        while (removed := self._removing.get(entry.number)) is not None:
+            await removed.wait()
+        image = self._images.get(entry.number)
+        if image is None:
+            return await self._opening.run(entry.number, lambda: self._open(entry))
+        return image
+
+    async def _fetcher_of(self, entry: ImageEntry) -> ImageFetcher:
+        return (await self.fetch_image(entry)).fetcher
+
+    async def _open(self, entry: ImageEntry) -> DownloadedImage:
+        """Runs as a flight: one at a time for an image."""
+        wanted = ChunkMapHeader(image_id=entry.image_id, size=entry.size, chunk_bytes=self._chunk_bytes)
+        inode = image_inode(entry.number)
+        file: ChunkFile | None = None
+        try:
+            file, states = await self._services.disk.run(open_chunk_file, self._chunks_dir, inode, wanted)
+        except errors.CacheError as exc:
+            log.warning("image %s: serving it round the cache: %s", entry.image_id, exc)
+            states = bytearray(wanted.chunks)
+        chunk_bytes = wanted.chunk_bytes if file is None else file.header.chunk_bytes
+        fetcher = ImageFetcher(entry, file, states, chunk_bytes, self._services)
+        image = self._images[entry.number] = DownloadedImage(fetcher)
+        return image
+
+    def opened(self, entry: ImageEntry, image: DownloadedImage) -> None:
+        """Somebody opened `image`; it stays prepared until `released` was called as often."""
+        image.opens += 1
+        self._images.pop(entry.number, None)
+        self._images[entry.number] = image
+
+    async def released(self, entry: ImageEntry) -> None:
+        """One handle fewer; closes the images that were not used for longest."""
+        image = self._images.get(entry.number)
+        if image is not None and image.opens:
+            image.opens -= 1
+        await self._close_idle()
+
+    def open_handles(self, entry: ImageEntry) -> int:
+        """Handles on the image that this server gave out or learned of."""
+        image = self._images.get(entry.number)
+        return image.opens if image is not None else 0
+
+    async def _close_idle(self) -> None:
+        idle = [n for n, image in self._images.items() if not image.opens and not image.fetcher.is_busy]
+        for number in idle[: max(0, len(idle) - IDLE_IMAGES_MAX)]:
+            await self._images.pop(number).fetcher.close()
+
+    async def remove_image(self, entry: ImageEntry) -> int:
+        """See the base class. A warming is stopped; who wants the image meanwhile waits and begins anew."""
+        if entry.number in self._removing:
+            return 0
+        self.warmer.cancel(entry)
+        image = self._images.pop(entry.number, None)
+        dropped = entry.local.cached_bytes if image is None else image.fetcher.cached_bytes
+        removed = self._removing[entry.number] = trio.Event()
+        try:
+            if image is not None:
+                await image.fetcher.close()
+            await self._services.disk.run(remove_files, self._chunks_dir, image_inode(entry.number))
+        except OSError as exc:
+            raise errors.CacheError(f"image {entry.image_id}: {exc}") from exc
+        finally:
+            del self._removing[entry.number]
+            removed.set()
+        entry.local.cached_bytes = 0
+        self._services.changed(entry)
+        return dropped
+
+    async def keep_header(self, entry: ImageEntry, header: bytes) -> None:
+        """See the base class."""
+        image = await self.fetch_image(entry)
+        await image.fetcher.store_header(header)
+
+    def warm(self, entry: ImageEntry) -> None:
+        """See the base class."""
+        self.warmer.keep(entry)
+
+    async def close(self) -> None:
+        """See the base class. Transfers are stopped; readers were answered before."""
+        with trio.CancelScope(shield=True):
+            while self._images:
+                _, image = self._images.popitem()
+                await image.fetcher.close()
+
+
+def _make_directory(directory: Path) -> None:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _remove_unknown(directory: Path, known_numbers: set[int]) -> int:
+    inodes = {int(path.stem) for path in directory.glob("*.map") if path.stem.isdecimal()}
+    inodes |= {int(path.stem) for path in directory.glob("*.data") if path.stem.isdecimal()}
+    unknown = [inode for inode in inodes if image_number_of(inode) not in known_numbers]
+    for inode in unknown:
+        remove_files(directory, inode)
+    return len(unknown)
