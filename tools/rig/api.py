@@ -1,9 +1,9 @@
 """The few calls of the Glance and Keystone APIs that the rig and its users need, by http.client alone."""
 
+import contextlib
 import http.client
 import json
 import os
-import threading
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
@@ -21,19 +21,12 @@ class ApiError(Exception):
         self.status = status
 
 
-class _Connections(threading.local):
-    """One kept-alive connection a thread."""
-
-    connection: http.client.HTTPConnection | None = None
-
-
 class Api:
     """JSON over HTTP to one service."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._parts = urllib.parse.urlsplit(self.url)
-        self._local = _Connections()
 
     def call(
         self,
@@ -52,16 +45,13 @@ class Api:
         sent = {"Content-Type": content_type, **(headers or {})}
         if hasattr(data, "fileno"):
             sent["Content-Length"] = str(os.fstat(data.fileno()).st_size)
-        connection = self._local.connection
-        if connection is None or data is not body:
-            connection = http.client.HTTPConnection(
-                self._parts.hostname or "", self._parts.port, timeout=_TIMEOUT_S, blocksize=MIB
-            )
-        self._local.connection = None
-        connection.request(method, self._parts.path + path, body=data, headers=sent)
-        answer = connection.getresponse()
-        content = answer.read()
-        self._local.connection = connection
+        connection = http.client.HTTPConnection(
+            self._parts.hostname or "", self._parts.port, timeout=_TIMEOUT_S, blocksize=MIB
+        )
+        with contextlib.closing(connection):
+            connection.request(method, self._parts.path + path, body=data, headers=sent)
+            answer = connection.getresponse()
+            content = answer.read()
         if answer.status >= 400:
             raise ApiError(method, path, answer.status, content)
         is_json = answer.headers.get_content_type() == "application/json" and content

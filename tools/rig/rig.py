@@ -92,7 +92,10 @@ class Rig:
 
     def stop(self) -> None:
         """Stop everything; the directory stays."""
-        for service in reversed(self._services.values()):
+        for signum in (signal.SIGCONT, signal.SIGTERM):
+            for service in self._services.values():
+                service.send(signum)
+        for service in self._services.values():
             service.stop()
         self._services.clear()
         for fd in self._lifeline or ():

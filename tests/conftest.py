@@ -1,0 +1,206 @@
+"""Fixtures of the whole suite: real services, real mounts, and the checks that no test leaves anything behind."""
+
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tools.mount import BasefsMount, MountError, basefs_mounts
+from tools.rig import Rig
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+LOG_LINE = re.compile(r"^\S+ \S+ \d+ (?:WARNING|ERROR|CRITICAL) (?P<record>basefs\S* .*)$")
+
+
+# -- services
+
+
+@pytest.fixture(scope="session")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A real Glance with fake auth, a file store (`upload`) and an http store (`upload_web`), for the whole session.
+
+    Do not stop, pause or damage it: take `own_rig` for that.
+    """
+    with Rig(tmp_path_factory.mktemp("rig")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def glance(rig: Rig) -> Rig:
+    """The session's rig by another name."""
+    return rig
+
+
+@pytest.fixture
+def own_rig(tmp_path: Path) -> Iterator[Rig]:
+    """As `rig`, for one test that stops it, freezes it or counts all its requests (2 s)."""
+    with Rig(tmp_path / "rig") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def keystone_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A real Glance behind a real Keystone, whose tokens live 34 s: keystoneauth renews them after four."""
+    with Rig(tmp_path_factory.mktemp("keystone-rig"), auth="keystone", token_expiration_s=34) as running:
+        yield running
+
+
+# -- log records that nobody expected
+
+
+class ExpectedWarnings:
+    """The warnings and errors that one test knows of."""
+
+    def __init__(self) -> None:
+        self._patterns: dict[str, bool] = {}
+
+    def __call__(self, pattern: str) -> None:
+        """Declare that a record matching `pattern` (re.search in "logger: message") will come, at least once."""
+        self._patterns.setdefault(pattern, False)
+
+    def unexpected(self, records: list[str]) -> list[str]:
+        """Return what matches no pattern, and remember which patterns did match."""
+        left = []
+        for record in records:
+            hits = [pattern for pattern in self._patterns if re.search(pattern, record)]
+            self._patterns.update(dict.fromkeys(hits, True))
+            if not hits:
+                left.append(record)
+        return left
+
+    def missing(self) -> list[str]:
+        """Return the patterns that nothing has matched."""
+        return [pattern for pattern, seen in self._patterns.items() if not seen]
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.name}: {record.getMessage()}")
+
+
+@pytest.fixture
+def expected_warnings() -> ExpectedWarnings:
+    """Call it with a pattern for each record of WARNING or above that the test provokes, in process or in a mount."""
+    return ExpectedWarnings()
+
+
+@pytest.fixture(autouse=True)
+def _no_unexpected_warnings(expected_warnings: ExpectedWarnings) -> Iterator[list[str]]:
+    """Fail a test in which a `basefs` logger warned and nobody expected it, or in which an expected warning is absent.
+
+    Yields the list to which mounts add the records of their own log files.
+    """
+    collector = _Collector()
+    logger = logging.getLogger("basefs")
+    logger.addHandler(collector)
+    yield collector.lines
+    logger.removeHandler(collector)
+    unexpected = expected_warnings.unexpected(collector.lines)
+    assert not unexpected, "log records that the test did not expect:\n" + "\n".join(unexpected)
+    missing = expected_warnings.missing()
+    assert not missing, f"expected log records that did not come: {missing}"
+
+
+# -- mounts
+
+
+class MountFactory(Protocol):
+    """What the fixture `basefs_mount` is."""
+
+    def __call__(
+        self,
+        glance: Rig | str | None = None,
+        options: Mapping[str, object] | None = None,
+        *,
+        name: str = "basefs",
+        start: bool = True,
+    ) -> BasefsMount: ...
+
+
+@pytest.fixture
+def _no_leaks(tmp_path: Path) -> Iterator[None]:
+    """Fail a test that left a mount or a loop device below its directory."""
+    yield
+    mounts = [path for path in basefs_mounts() if path.startswith(str(tmp_path))]
+    for path in mounts:
+        subprocess.run(["umount", "-l", path], check=False)
+    loops = subprocess.run(["losetup", "-l", "-n", "-O", "NAME,BACK-FILE"], capture_output=True, text=True, check=True)
+    devices = [line.split()[0] for line in loops.stdout.splitlines() if str(tmp_path) in line]
+    for device in devices:
+        subprocess.run(["losetup", "-d", device], check=False)
+    assert not mounts, f"mounts left behind: {mounts}"
+    assert not devices, f"loop devices left behind: {devices}"
+
+
+@pytest.fixture
+def basefs_mount(
+    request: pytest.FixtureRequest, tmp_path: Path, _no_leaks: None, _no_unexpected_warnings: list[str]
+) -> Iterator[MountFactory]:
+    """Make mounts: `basefs_mount()` mounts over the session's Glance, and unmounts after the test, however it went.
+
+    `glance` is a Rig or the text of a [glance] section; `options` are [basefs] options (or "SECTION.name"); `name` is
+    the directory below tmp_path, the same name again is the same cache; with `start=False` the test starts it. A
+    process that has to be killed at the end fails the test.
+    """
+    made: list[BasefsMount] = []
+
+    def make(
+        glance: Rig | str | None = None,
+        options: Mapping[str, object] | None = None,
+        *,
+        name: str = "basefs",
+        start: bool = True,
+    ) -> BasefsMount:
+        if glance is None:
+            glance = request.getfixturevalue("rig")
+        conf = glance if isinstance(glance, str) else glance.conf_lines()
+        mount = BasefsMount(tmp_path / name, conf, options)
+        made.append(mount)
+        if start:
+            mount.start()
+        return mount
+
+    yield make
+    trouble = []
+    for mount in reversed(made):
+        try:
+            mount.stop()
+        except MountError as error:
+            trouble.append(f"{mount.directory.name}: {error}")
+    for text in {mount.log_path: mount.log_text for mount in made}.values():
+        found = (LOG_LINE.match(line) for line in text.splitlines())
+        _no_unexpected_warnings.extend(hit["record"] for hit in found if hit)
+    assert not trouble, "\n".join(trouble)
+
+
+# -- nothing is skipped that can run
+
+
+def _skip_lines(reporter: pytest.TerminalReporter) -> list[str]:
+    return [f"{report.nodeid}: {report.longrepr}" for report in reporter.stats.get("skipped", [])]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Make a run in CI fail when a test was skipped: everything can run there."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if IN_CI and reporter is not None and _skip_lines(reporter) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why a run without a failure failed."""
+    skipped = _skip_lines(terminalreporter)
+    if IN_CI and skipped:
+        terminalreporter.section("skipped, which fails a run in CI")
+        for line in skipped:
+            terminalreporter.write_line(line)
