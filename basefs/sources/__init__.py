@@ -1,1 +1,1 @@
-"""where bytes come from."""
+"""Bytes and metadata from Glance; everything its libraries may raise becomes one of our errors here."""

@@ -1,0 +1,234 @@
+"""Image bytes over the Glance API: ranged GETs, and whole images where the store answers no ranges.
+
+A 206 proves nothing by itself: status, Content-Range and the number of bytes are checked before the first
+piece is delivered. There is no retry here; whoever wants the bytes knows how long it may wait.
+"""
+
+import hashlib
+import http
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from urllib.parse import quote
+
+import requests
+import trio
+
+from basefs import errors
+from basefs.concurrency.threads import BlockingCalls
+from basefs.core.byte_ranges import parse_content_range, range_header
+from basefs.sources.base import Deliver, Digest, ProbeResult
+from basefs.sources.http_errors import error_of_status, retry_after_s, text_of_body, translated
+from basefs.sources.session import GlanceAccess
+
+UNSIZED_BYTES_MAX = 16 * 1024 * 1024
+"""A 206 that does not tell its length is counted in memory before delivery; larger ones are refused."""
+_ERROR_PAGE_BYTES_MAX = 4096
+_RANGE_REFUSED = (
+    http.HTTPStatus.OK,
+    http.HTTPStatus.BAD_REQUEST,
+    http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+)
+
+
+class GlanceSource:
+    """`ImageSource` over one `GlanceAccess`."""
+
+    def __init__(self, access: GlanceAccess, *, threads_max: int) -> None:
+        self.requests = 0
+        self.received_bytes = 0
+        self._access = access
+        self._threads = BlockingCalls("glance", threads_max=threads_max)
+        # The counters are the only state that the threads share.
+        self._counting = threading.Lock()
+
+    async def probe(self, image_id: str, *, size: int, header_bytes: int) -> ProbeResult:
+        """See `ImageSource.probe`."""
+        return await self._access.call(self._threads, self._probe, image_id, size, min(header_bytes, size))
+
+    async def fetch_range(
+        self, image_id: str, *, size: int, offset: int, length: int, piece_bytes: int, deliver: Deliver
+    ) -> None:
+        """See `ImageSource.fetch_range`."""
+        await self._access.call(self._threads, self._fetch_range, image_id, size, offset, length, piece_bytes, deliver)
+
+    async def fetch_stream(
+        self, image_id: str, *, size: int, piece_bytes: int, digest: Digest | None, deliver: Deliver
+    ) -> None:
+        """See `ImageSource.fetch_stream`. A digest of an algorithm that hashlib does not know is not checked."""
+        await self._access.call(self._threads, self._fetch_stream, image_id, size, piece_bytes, digest, deliver)
+
+    # --- in threads ----------------------------------------------------------------------------------
+
+    def _probe(self, image_id: str, size: int, length: int) -> ProbeResult:
+        with closing(self._get(image_id, (0, length))) as response:
+            try:
+                header = b"".join(self._checked_range(response, image_id, size, 0, length, length))
+            except errors.RangeNotHonouredError as exc:
+                reason = str(exc)
+            else:
+                return ProbeResult(
+                    kind="ranged", reason="Glance answered a Range with exactly its bytes", header=header
+                )
+            if response.status_code == http.HTTPStatus.OK:
+                self._check_whole(response, image_id, size)
+                return ProbeResult(kind="streamed", reason=reason, header=self._start_of(response, image_id, length))
+        with closing(self._get_whole(image_id, size)) as response:
+            return ProbeResult(kind="streamed", reason=reason, header=self._start_of(response, image_id, length))
+
+    def _fetch_range(
+        self, image_id: str, size: int, offset: int, length: int, piece_bytes: int, deliver: Deliver
+    ) -> None:
+        with closing(self._get(image_id, (offset, length))) as response:
+            for piece in self._checked_range(response, image_id, size, offset, length, piece_bytes):
+                if not deliver(offset, piece):
+                    return
+                offset += len(piece)
+
+    def _fetch_stream(
+        self, image_id: str, size: int, piece_bytes: int, digest: Digest | None, deliver: Deliver
+    ) -> None:
+        what = f"image {image_id}"
+        hasher = None
+        if digest is not None and digest.algorithm in hashlib.algorithms_available:
+            hasher = hashlib.new(digest.algorithm, usedforsecurity=False)
+        with closing(self._get_whole(image_id, size)) as response:
+            offset = 0
+            for piece in self._pieces(response, what, size, piece_bytes):
+                if not deliver(offset, piece):
+                    return
+                if hasher is not None:
+                    hasher.update(piece)
+                offset += len(piece)
+            if self._read(response, what, 1):
+                raise errors.SourceCorruptError(f"{what}: Glance sends more than the {size} bytes of the image")
+        if hasher is not None and digest is not None and hasher.hexdigest() != digest.value:
+            raise errors.SourceCorruptError(f"{what}: the bytes do not have the {digest.algorithm} that Glance states")
+
+    def _get(self, image_id: str, span: tuple[int, int] | None) -> requests.Response:
+        headers = {"Accept-Encoding": "identity", "Accept": "application/octet-stream"}
+        if span is not None:
+            headers["Range"] = range_header(*span)
+        with self._counting:
+            self.requests += 1
+        return self._access.get(f"/v2/images/{quote(image_id, safe='')}/file", headers)
+
+    def _get_whole(self, image_id: str, size: int) -> requests.Response:
+        """The 200 to a plain GET; the caller closes it."""
+        response = self._get(image_id, None)
+        try:
+            self._check_whole(response, image_id, size)
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    def _check_whole(self, response: requests.Response, image_id: str, size: int) -> None:
+        what = f"image {image_id}"
+        if response.status_code != http.HTTPStatus.OK:
+            raise self._status_error(response, what)
+        stated = _content_length(response, what)
+        if stated is not None and stated != size:
+            raise errors.SourceCorruptError(f"{what}: Glance sends {stated} bytes, the image's metadata say {size}")
+
+    def _checked_range(
+        self, response: requests.Response, image_id: str, size: int, offset: int, length: int, piece_bytes: int
+    ) -> Iterator[bytes]:
+        """The body of a 206 in pieces, after it was found to be exactly what was asked for."""
+        what = f"image {image_id}, bytes {offset} to {offset + length - 1}"
+        if response.status_code != http.HTTPStatus.PARTIAL_CONTENT:
+            raise self._range_status_error(response, what)
+        _check_content_range(response, what, size, offset, length)
+        stated = _content_length(response, what)
+        if stated is None:
+            yield from self._counted(response, what, length, piece_bytes)
+            return
+        if stated > length:
+            raise errors.RangeNotHonouredError(f"{what}: Glance sends {stated} bytes under a 206")
+        if stated < length:
+            raise errors.SourceCorruptError(f"{what}: Glance sends {stated} bytes, its Content-Range says {length}")
+        yield from self._pieces(response, what, length, piece_bytes)
+
+    def _counted(self, response: requests.Response, what: str, length: int, piece_bytes: int) -> Iterator[bytes]:
+        """The body of a 206 that does not tell its length, once it was counted."""
+        if length > UNSIZED_BYTES_MAX:
+            raise errors.RangeNotHonouredError(f"{what}: Glance does not tell the length of its 206")
+        body = b"".join(self._pieces(response, what, length, length))
+        if self._read(response, what, 1):
+            raise errors.RangeNotHonouredError(f"{what}: Glance sends more than these under a 206")
+        for start in range(0, length, piece_bytes):
+            yield body[start : start + piece_bytes]
+
+    def _start_of(self, response: requests.Response, image_id: str, length: int) -> bytes:
+        return b"".join(self._pieces(response, f"image {image_id}", length, length))
+
+    def _pieces(self, response: requests.Response, what: str, length: int, piece_bytes: int) -> Iterator[bytes]:
+        """The next `length` bytes of the body, in pieces of `piece_bytes`; a torn piece is not delivered."""
+        received = 0
+        while received < length:
+            # Lets a cancelled flight go before the next piece; the connection is closed on the way out.
+            trio.from_thread.check_cancelled()
+            wanted = min(piece_bytes, length - received)
+            piece = self._read(response, what, wanted)
+            received += len(piece)
+            if len(piece) < wanted:
+                raise errors.SourceUnavailableError(f"{what}: the body ended after {received} of {length} bytes")
+            yield piece
+
+    def _read(self, response: requests.Response, what: str, length: int) -> bytes:
+        """`length` bytes of the body; fewer only at its end."""
+        with translated(what):
+            piece: bytes = response.raw.read(length, decode_content=False)
+            while piece and len(piece) < length:
+                more = response.raw.read(length - len(piece), decode_content=False)
+                if not more:
+                    break
+                piece += more
+        with self._counting:
+            self.received_bytes += len(piece)
+        return piece
+
+    def _range_status_error(self, response: requests.Response, what: str) -> errors.BasefsError:
+        status = response.status_code
+        if status == http.HTTPStatus.OK:
+            return errors.RangeNotHonouredError(f"{what}: Glance answered 200, the whole image, to a Range")
+        error = self._status_error(response, what)
+        if status in _RANGE_REFUSED:
+            return errors.RangeNotHonouredError(str(error))
+        return error
+
+    def _status_error(self, response: requests.Response, what: str) -> errors.BasefsError:
+        """The error that an answer without the bytes means."""
+        status = response.status_code
+        if status == http.HTTPStatus.NO_CONTENT:
+            # What Glance says when the data are gone from the store, or not there yet.
+            return errors.SourceCorruptError(f"{what}: Glance answered 204: it has no data of this image")
+        if response.ok:
+            return errors.SourceCorruptError(f"{what}: Glance answered {status}")
+        with translated(what):
+            page = response.raw.read(_ERROR_PAGE_BYTES_MAX, decode_content=False)
+        return error_of_status(status, what, detail=text_of_body(page), retry_after=retry_after_s(response.headers))
+
+
+def _content_length(response: requests.Response, what: str) -> int | None:
+    """Content-Length, None when the end of the body is marked otherwise."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise errors.SourceCorruptError(f"{what}: the body is encoded although we asked for identity")
+    text = response.headers.get("Content-Length")
+    if text is None or response.headers.get("Transfer-Encoding") is not None:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise errors.SourceCorruptError(f"{what}: Content-Length is {text[:40]!r}")
+    return int(text)
+
+
+def _check_content_range(response: requests.Response, what: str, size: int, offset: int, length: int) -> None:
+    text = response.headers.get("Content-Range", "")
+    try:
+        came = parse_content_range(text)
+    except ValueError as exc:
+        raise errors.RangeNotHonouredError(f"{what}: a 206 without a usable Content-Range: {exc}") from exc
+    if came.total is not None and came.total != size:
+        raise errors.SourceCorruptError(f"{what}: the store has {came.total} bytes, the image's metadata say {size}")
+    if (came.first, came.last) != (offset, offset + length - 1):
+        raise errors.RangeNotHonouredError(f"{what}: bytes {came.first} to {came.last} came instead")

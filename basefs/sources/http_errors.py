@@ -1,0 +1,90 @@
+"""What HTTP, keystoneauth and the sockets below may raise, in our words. No secret gets into a message."""
+
+import http.client
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import requests
+import urllib3
+from keystoneauth1 import exceptions as ksa
+from oslo_utils import strutils
+
+from basefs import errors
+
+RETRY_AFTER_MAX_S = 3600.0
+_TEXT_CHARS_MAX = 300
+_USER_IN_URL = re.compile(r"//[^/@\s]+@")
+_TAG = re.compile(r"<(title|head).*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
+_SPACE = re.compile(r"\s+")
+
+
+def safe_text(text: str) -> str:
+    """`text` for people, in one line of at most 300 characters, without passwords, tokens and users of URLs."""
+    masked = _USER_IN_URL.sub("//***@", strutils.mask_password(text))
+    return _SPACE.sub(" ", masked).strip()[:_TEXT_CHARS_MAX]
+
+
+def text_of_body(body: bytes) -> str:
+    """What an error page says, without markup; "" for an empty or unreadable one."""
+    return safe_text(_TAG.sub(" ", body.decode("utf-8", "replace")))
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that Retry-After asks for, 0 to one hour; None when there is no such header or it is garbage."""
+    text = headers.get("Retry-After")
+    if text is None:
+        return None
+    try:
+        seconds = float(int(text))
+    except ValueError:
+        try:
+            when = parsedate_to_datetime(text)
+        except ValueError:
+            return None
+        seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return min(max(seconds, 0.0), RETRY_AFTER_MAX_S)
+
+
+def error_of_status(
+    status: int, what: str, *, detail: str = "", retry_after: float | None = None
+) -> errors.BasefsError:
+    """The error that Glance's answer `status` (not 2xx) to `what` means."""
+    message = f"{what}: Glance answered {status}" + (f" ({detail})" if detail else "")
+    if status == http.HTTPStatus.NOT_FOUND:
+        return errors.ImageNotFoundError(message)
+    if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+        return errors.SourceForbiddenError(message)
+    # 409, 429 and 5xx by name; what else may come (3xx, 405, 408, ...) is a proxy's or a wrong endpoint's
+    # word and says nothing about the image either.
+    return errors.SourceUnavailableError(message, retry_after_s=retry_after)
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Raise nothing of HTTP and keystoneauth out of the block: only our errors, `from` the original.
+
+    Raises:
+        SourceForbiddenError: Keystone refuses our credentials, or the auth plugin cannot work as configured.
+        SourceUnavailableError: Everything else: no connection, DNS, TLS, time-out, a body cut short, discovery.
+    """
+    try:
+        yield
+    except (ksa.Unauthorized, ksa.Forbidden) as exc:
+        raise errors.SourceForbiddenError(f"{what}: authentication failed: {safe_text(str(exc))}") from exc
+    except (ksa.AuthPluginException, ksa.AuthorizationFailure, ksa.MissingAuthMethods) as exc:
+        raise errors.SourceForbiddenError(f"{what}: authentication is not possible: {safe_text(str(exc))}") from exc
+    except ksa.CatalogException as exc:
+        text = f"{what}: the service catalog has no fitting image endpoint (region_name, valid_interfaces)"
+        raise errors.SourceUnavailableError(f"{text}: {safe_text(str(exc))}") from exc
+    except ksa.HttpError as exc:
+        after = getattr(exc, "retry_after", None)
+        seconds = float(after) if isinstance(after, int | float) and after > 0 else None
+        text = f"{what}: {safe_text(str(exc))}"
+        raise errors.SourceUnavailableError(text, retry_after_s=seconds) from exc
+    except (ksa.ClientException, requests.RequestException, urllib3.exceptions.HTTPError) as exc:
+        raise errors.SourceUnavailableError(f"{what}: {safe_text(str(exc))}") from exc
+    except (http.client.HTTPException, OSError, UnicodeError) as exc:
+        raise errors.SourceUnavailableError(f"{what}: {type(exc).__name__}: {safe_text(str(exc))}") from exc
