@@ -8,11 +8,19 @@ server hangs never comes back, and one from the server itself is a deadlock. `/p
 import ctypes
 import errno
 import os
+import select
+import signal
+import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 FUSE_TYPE = "fuse.basefs"
 FUSE_SOURCE = "basefs"
+
+FUSE_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
+"""Written to /dev/fuse (Linux >= 6.9): hand out again the requests that were taken and not answered."""
 
 MS_NOSUID = 2
 MS_NODEV = 4
@@ -109,6 +117,17 @@ def mount_fuse(fuse_fd: int, mountpoint: str, *, root_mode: int = 0o40000) -> No
         _raise_errno(mountpoint)
 
 
+def mount_fusectl(directory: str) -> None:
+    """Show the kernel's FUSE connections in the directory, as systemd does.
+
+    Raises:
+        OSError: What mount(2) said.
+    """
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    if _libc.mount(b"fusectl", os.fsencode(directory), b"fusectl", flags, b""):
+        _raise_errno(directory)
+
+
 def unmount(mountpoint: str | os.PathLike[str], *, is_lazy: bool = False) -> None:
     """Take the topmost mount off the path; with `is_lazy` also while files on it are open.
 
@@ -118,6 +137,28 @@ def unmount(mountpoint: str | os.PathLike[str], *, is_lazy: bool = False) -> Non
     flags = UMOUNT_NOFOLLOW | (MNT_DETACH if is_lazy else 0)
     if _libc.umount2(os.fsencode(mountpoint), flags):
         _raise_errno(os.fspath(mountpoint))
+
+
+def probe(mountpoint: str | os.PathLike[str], *, deadline_s: float) -> Literal["live", "dead", "hung"]:
+    """Whether anybody answers on a FUSE mount, asked by a statfs from a process that may be left behind.
+
+    `dead`: the connection is gone ("Transport endpoint is not connected"). `hung`: no answer within `deadline_s`;
+    the asking process is killed, and goes away when the kernel lets it.
+    """
+    code = "import os, sys\ntry: os.statvfs(sys.argv[1])\nexcept OSError as exc: sys.exit(exc.errno)"
+    argv = [sys.executable, "-I", "-S", "-c", code, os.fspath(mountpoint)]
+    pid = os.posix_spawn(sys.executable, argv, os.environ)
+    pidfd = os.pidfd_open(pid)
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(deadline_s * 1000):
+            os.kill(pid, signal.SIGKILL)
+            return "hung"
+    finally:
+        os.close(pidfd)
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return "dead" if exit_code in {errno.ENOTCONN, errno.ECONNABORTED} else "live"
 
 
 def _raise_errno(path: str) -> None:

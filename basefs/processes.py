@@ -1,0 +1,108 @@
+"""Who runs and who uses what, read from /proc by the standard library only; no file on a mount is touched."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+KEEPER_MODULE = "basefs.keeper"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountUser:
+    """A process that has something on a mount open, and one path of it."""
+
+    pid: int
+    name: str
+    path: str
+
+
+def users_of(mountpoint: str | os.PathLike[str]) -> list[MountUser]:
+    """Processes with an open file, a mapping or their working directory on the mount, by pid.
+
+    Processes that end meanwhile, or that we may not look into, are left out.
+    """
+    prefix = os.fspath(mountpoint)
+    found = []
+    for pid in _pids():
+        path = next((path for path in _paths_of(pid) if path == prefix or path.startswith(prefix + "/")), None)
+        if path is not None:
+            found.append(MountUser(pid=pid, name=_name_of(pid), path=path))
+    return found
+
+
+def describe_users(users: list[MountUser], *, shown_max: int = 5) -> str:
+    """One line: `2 processes have files open on it: qemu-img (pid 12, …/abc), …`."""
+    if not users:
+        return "nobody in this pid namespace has a file open on it; another mount may lie on it, or a kernel user"
+    shown = ", ".join(f"{user.name} (pid {user.pid}, {user.path})" for user in users[:shown_max])
+    more = f" and {len(users) - shown_max} more" if len(users) > shown_max else ""
+    count = "1 process has" if len(users) == 1 else f"{len(users)} processes have"
+    return f"{count} files open on it: {shown}{more}"
+
+
+def keeper_of(mountpoint: str | os.PathLike[str]) -> int | None:
+    """The pid of the basefs keeper that was started for the mount point, or None."""
+    for pid in _pids():
+        spec = _keeper_spec(pid)
+        if spec is not None and spec.get("mountpoint") == os.fspath(mountpoint) and pid != os.getpid():
+            return pid
+    return None
+
+
+def is_running(pid: int) -> bool:
+    """True while the process exists and is no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
+def _keeper_spec(pid: int) -> dict[str, Any] | None:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            argv = file.read().split(b"\0")
+    except OSError:
+        return None
+    if KEEPER_MODULE.encode() not in argv[1:5] or not is_running(pid):
+        return None
+    try:
+        spec = json.loads(argv[-2])
+    except ValueError:
+        return None
+    return spec if isinstance(spec, dict) else None
+
+
+def _pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
+
+
+def _name_of(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "?"
+
+
+def _paths_of(pid: int) -> Iterator[str]:
+    base = f"/proc/{pid}"
+    try:
+        links = [f"{base}/cwd", f"{base}/root", *(f"{base}/fd/{fd}" for fd in os.listdir(f"{base}/fd"))]
+    except OSError:
+        return
+    for link in links:
+        try:
+            yield os.readlink(link)
+        except OSError:
+            continue
+    try:
+        with open(f"{base}/maps", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                fields = line.rstrip("\n").split(None, 5)
+                if len(fields) == 6:
+                    yield fields[5]
+    except OSError:
+        return

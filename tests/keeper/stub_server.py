@@ -1,0 +1,101 @@
+"""A server for keeper tests: shows one file, `img`, and does what the file `config_files[0]` says.
+
+The mode file holds JSON: `{"at": <step>, "do": "exit" | "fail" | "hang"}` or `{}`. Steps: start, serve, switch.
+Every start appends its pid to `<mode file>.pids`.
+"""
+
+import errno
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+
+import pyfuse3
+import trio
+
+CONTENT = bytes(range(256)) * 4096
+
+
+class OneFile(pyfuse3.Operations):
+    async def getattr(self, inode, ctx=None):
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = stat.S_IFDIR | 0o755 if inode == 1 else stat.S_IFREG | 0o444
+        entry.st_size = 0 if inode == 1 else len(CONTENT)
+        return entry
+
+    async def lookup(self, parent_inode, name, ctx=None):
+        if name != b"img":
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return await self.getattr(2)
+
+    async def open(self, inode, flags, ctx):
+        return pyfuse3.FileInfo(fh=inode)
+
+    async def opendir(self, inode, ctx):
+        return inode
+
+    async def statfs(self, ctx):
+        return pyfuse3.StatvfsData()
+
+    async def read(self, fh, offset, size):
+        return CONTENT[offset : offset + size]
+
+
+arguments = json.loads(sys.argv[1])
+mode_path = arguments["config_files"][0]
+control = socket.socket(fileno=arguments["keeper_fd"])
+
+
+def step(name: str) -> None:
+    with open(mode_path, encoding="utf-8") as file:
+        mode = json.load(file)
+    if mode.get("at") != name:
+        return
+    if mode["do"] == "exit":
+        os._exit(3)
+    if mode["do"] == "hang":
+        signal.pause()
+    control.send(json.dumps({"type": "failed", "error": "stub failed as told"}).encode())
+    os._exit(1)
+
+
+def tell(kind: str) -> None:
+    control.send(json.dumps({"type": kind}).encode())
+
+
+async def hear(wanted: str) -> list[int]:
+    await trio.lowlevel.wait_readable(control.fileno())
+    data, fds, _, _ = socket.recv_fds(control, 65536, 4)
+    if not data:
+        os._exit(4)
+    assert json.loads(data) == {"type": wanted}, data
+    return fds
+
+
+async def run() -> None:
+    step("start")
+    tell("prepared")
+    (fuse_fd,) = await hear("serve")
+    step("serve")
+    with trio.CancelScope() as handshake:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pyfuse3.main)
+            await hear("switch")
+            handshake.cancel()
+    step("switch")
+    os.dup2(fuse_fd, arguments["session_fd"])
+    os.close(fuse_fd)
+    tell("ready")
+    await pyfuse3.main()
+
+
+with open(mode_path + ".pids", "a", encoding="utf-8") as pids:
+    pids.write(f"{os.getpid()}\n")
+pyfuse3.init(OneFile(), f"/dev/fd/{arguments['session_fd']}", set())
+try:
+    trio.run(run)
+finally:
+    pyfuse3.close(unmount=False)
