@@ -17,14 +17,23 @@ from basefs import errors
 RETRY_AFTER_MAX_S = 3600.0
 _TEXT_CHARS_MAX = 300
 _USER_IN_URL = re.compile(r"//[^/@\s]+@")
+_QUERY = re.compile(r"\?[^\s'\")]*")
 _TAG = re.compile(r"<(title|head).*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
 
 
 def safe_text(text: str) -> str:
     """`text` for people, in one line of at most 300 characters, without passwords, tokens and users of URLs."""
-    masked = _USER_IN_URL.sub("//***@", strutils.mask_password(text))
+    masked = _USER_IN_URL.sub("//***@", strutils.mask_password(_QUERY.sub("", text)))
     return _SPACE.sub(" ", masked).strip()[:_TEXT_CHARS_MAX]
+
+
+def text_of_error(exc: BaseException) -> str:
+    """Kind and text of what went wrong at the bottom: "Connection refused", not six libraries' words about it."""
+    root = exc
+    while (below := root.__cause__ or root.__context__) is not None and not isinstance(below, KeyError):
+        root = below
+    return f"{type(root).__name__}: {safe_text(str(root))}"
 
 
 def text_of_body(body: bytes) -> str:
@@ -85,6 +94,6 @@ def translated(what: str) -> Iterator[None]:
         text = f"{what}: {safe_text(str(exc))}"
         raise errors.SourceUnavailableError(text, retry_after_s=seconds) from exc
     except (ksa.ClientException, requests.RequestException, urllib3.exceptions.HTTPError) as exc:
-        raise errors.SourceUnavailableError(f"{what}: {safe_text(str(exc))}") from exc
+        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}") from exc
     except (http.client.HTTPException, OSError, UnicodeError) as exc:
-        raise errors.SourceUnavailableError(f"{what}: {type(exc).__name__}: {safe_text(str(exc))}") from exc
+        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}") from exc
