@@ -63,6 +63,10 @@ class _SessionEndedError(BasefsError):
     """The FUSE session is over, so there is nothing left to serve."""
 
 
+def _failed(message: dict[str, object]) -> _ServerFailedError:
+    return _ServerFailedError(str(message.get("error", "the server failed without saying why")))
+
+
 class Keeper:
     """One mount from its beginning to its end: `run()` once."""
 
@@ -162,10 +166,10 @@ class Keeper:
             server.session.send(self._init_request)
             self._wait_for_fd(server, server.session.fileno(), "the answer to FUSE_INIT", deadline)
             answer = server.session.recv(INIT_BYTES_MAX)
-        except OSError as exc:
-            raise _ServerFailedError(f"the server's session socket: {exc.strerror}") from None
+        except (BrokenPipeError, ConnectionResetError):
+            answer = b""
         if not answer:
-            raise _ServerFailedError("the server closed its session socket")
+            raise self._premature_end(server, "the answer to FUSE_INIT")
         return answer
 
     def _expect(self, server: ServerProcess, wanted: str, deadline: float) -> None:
@@ -173,10 +177,9 @@ class Keeper:
         self._wait_for_fd(server, server.control.fileno(), wanted, deadline)
         message = server.receive()
         if message is None:
-            exit_code = server.wait(limit_s=SERVER_END_S)
-            raise _ServerFailedError(f"the server ended ({describe_exit(exit_code)}) before it was {wanted}")
+            raise self._premature_end(server, wanted)
         if message.get("type") == "failed":
-            raise _ServerFailedError(str(message.get("error", "the server failed without saying why")))
+            raise _failed(message)
         if message.get("type") != wanted:
             raise _ServerFailedError(f"the server said {message.get('type')!r} instead of {wanted!r}")
 
@@ -188,10 +191,17 @@ class Keeper:
             if fd in ready:
                 return
             if server.pidfd in ready:
-                exit_code = server.wait(limit_s=SERVER_END_S)
-                raise _ServerFailedError(f"the server ended ({describe_exit(exit_code)}) before {what}")
+                raise self._premature_end(server, what)
             if rest_s <= 0:
                 raise _ServerFailedError(f"the server hangs: no {what} within {self._spec.start_deadline_s:g} s")
+
+    def _premature_end(self, server: ServerProcess, before: str) -> _ServerFailedError:
+        """The error for a server that closed its sockets or ended, in its own words if it left some."""
+        exit_code = server.wait(limit_s=SERVER_END_S)
+        while (message := server.receive()) is not None:
+            if message.get("type") == "failed":
+                return _failed(message)
+        return _ServerFailedError(f"the server ended ({describe_exit(exit_code)}) before {before!r}")
 
     def _became_ready(self, server: ServerProcess) -> None:
         assert self._mount is not None
@@ -336,7 +346,7 @@ class Keeper:
         try:
             mounts.unmount(mountpoint)
         except OSError as exc:
-            users = processes.describe_users(processes.users_of(mountpoint))
+            users = processes.describe_users(processes.users_of(top))
             log.warning("not stopped, serving on: cannot unmount %s: %s: %s", mountpoint, exc.strerror, users)
             tell_systemd(f"READY=1\nSTATUS=serving {mountpoint}; a stop was refused: {users}")
             return

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from basefs.mounts import Mount
+
 KEEPER_MODULE = "basefs.keeper"
 
 
@@ -18,15 +20,14 @@ class MountUser:
     path: str
 
 
-def users_of(mountpoint: str | os.PathLike[str]) -> list[MountUser]:
+def users_of(mount: Mount) -> list[MountUser]:
     """Processes with an open file, a mapping or their working directory on the mount, by pid.
 
     Processes that end meanwhile, or that we may not look into, are left out.
     """
-    prefix = os.fspath(mountpoint)
     found = []
     for pid in _pids():
-        path = next((path for path in _paths_of(pid) if path == prefix or path.startswith(prefix + "/")), None)
+        path = next((path for path in _paths_of(pid, mount) if _is_below(path, mount.mountpoint)), None)
         if path is not None:
             found.append(MountUser(pid=pid, name=_name_of(pid), path=path))
     return found
@@ -87,17 +88,24 @@ def _name_of(pid: int) -> str:
         return "?"
 
 
-def _paths_of(pid: int) -> Iterator[str]:
+def _is_below(path: str, mountpoint: str) -> bool:
+    return path == mountpoint or path.startswith(mountpoint + "/")
+
+
+def _paths_of(pid: int, mount: Mount) -> Iterator[str]:
     base = f"/proc/{pid}"
+    # The lower directory and its files have the same paths as the mount over them; the mount id tells them apart,
+    # but means something in our own mount namespace only.
+    has_our_mounts = _readlink(f"{base}/ns/mnt") == _readlink("/proc/self/ns/mnt")
     try:
-        links = [f"{base}/cwd", f"{base}/root", *(f"{base}/fd/{fd}" for fd in os.listdir(f"{base}/fd"))]
+        fds = os.listdir(f"{base}/fd")
     except OSError:
         return
-    for link in links:
-        try:
-            yield os.readlink(link)
-        except OSError:
-            continue
+    for fd in fds:
+        if not has_our_mounts or _mount_id_of(f"{base}/fdinfo/{fd}") == mount.mount_id:
+            yield _readlink(f"{base}/fd/{fd}")
+    yield _readlink(f"{base}/cwd")
+    yield _readlink(f"{base}/root")
     try:
         with open(f"{base}/maps", encoding="utf-8", errors="surrogateescape") as file:
             for line in file:
@@ -106,3 +114,18 @@ def _paths_of(pid: int) -> Iterator[str]:
                     yield fields[5]
     except OSError:
         return
+
+
+def _readlink(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _mount_id_of(fdinfo: str) -> int | None:
+    try:
+        with open(fdinfo, encoding="ascii", errors="replace") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("mnt_id:")), None)
+    except OSError:
+        return None

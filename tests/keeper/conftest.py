@@ -68,7 +68,7 @@ class RunningKeeper:
 
 
 @dataclass
-class Rig:
+class Mounting:
     """Paths of one test, and the keepers it started."""
 
     spec: KeeperSpec
@@ -101,7 +101,7 @@ class Rig:
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
+def mounting(tmp_path: Path) -> Iterator[Mounting]:
     mountpoint = tmp_path / "base"
     mountpoint.mkdir()
     mode_path = tmp_path / "mode"
@@ -113,14 +113,14 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         config_dirs=[],
         server_command=[sys.executable, str(STUB)],
     )
-    rig = Rig(spec=spec, mode_path=mode_path, keepers=[])
+    mounting = Mounting(spec=spec, mode_path=mode_path, keepers=[])
     try:
-        yield rig
+        yield mounting
     finally:
-        while rig.is_mounted():
+        while mounting.is_mounted():
             mounts.unmount(mountpoint, is_lazy=True)
-        for keeper in rig.keepers:
+        for keeper in mounting.keepers:
             keeper.clean_up()
-        for pid in rig.server_pids():
+        for pid in mounting.server_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
