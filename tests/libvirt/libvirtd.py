@@ -50,11 +50,15 @@ mount -t proc proc /proc
 for directory in /etc/libvirt /run /var/lib /var/log /var/cache; do
     mount -t tmpfs -o mode=755 tmpfs $directory
 done
-mount -t tmpfs -o ro tmpfs /sys/fs/cgroup
+umount --recursive --lazy /sys/fs/cgroup
 mkdir -p /run/lock /var/log/libvirt /var/cache/libvirt /var/lib/libvirt {INSTANCES}
-mount --bind "$INSTANCES" {INSTANCES}
-mount --bind "$BASE" {BASE}
-add() {{ grep -q "^libvirt-qemu:" /etc/$1 || {{ cp /etc/$1 /run/$1; echo $2 >> /run/$1; mount --bind /run/$1 /etc/$1; }}; }}
+mount --rbind "$INSTANCES" {INSTANCES}
+add() {{
+    grep -q "^libvirt-qemu:" /etc/$1 && return
+    cp /etc/$1 /run/$1
+    echo $2 >> /run/$1
+    mount --bind /run/$1 /etc/$1
+}}
 add passwd libvirt-qemu:x:{QEMU_UID}:{QEMU_GID}:::/usr/sbin/nologin
 add group libvirt-qemu:x:{QEMU_GID}:
 printf '%s' "$LIBVIRTD_CONF" > /etc/libvirt/libvirtd.conf
@@ -112,10 +116,10 @@ class Libvirt:
             self._daemon = subprocess.Popen(self._inside(*command), stdin=subprocess.DEVNULL)
             death = os.pidfd_open(self._daemon.pid)
             try:
-                ready, _, _ = select.select([notify, death], [], [], COMMAND_DEADLINE_S)
+                ready, _, _ = select.select([notify.fileno(), death], [], [], COMMAND_DEADLINE_S)
             finally:
                 os.close(death)
-        if ready != [notify]:
+        if death in ready:
             raise CommandFailedError(f"libvirtd: {self.log()}")
 
     def stop(self) -> None:
@@ -129,17 +133,16 @@ class Libvirt:
 
 
 @contextmanager
-def libvirtd(instances: Path, base: Path) -> Iterator[Libvirt]:
-    """A daemon that sees the directory `instances` as nova's instances_path and `base`, a mount, as its `_base`.
+def libvirtd(instances: Path) -> Iterator[Libvirt]:
+    """A daemon that sees the directory `instances`, and what is mounted below it now, as nova's instances_path.
 
     At the end all its domains are gone too, at once and without their shutdown.
     """
-    (instances / "_base").mkdir()
-    source = {"LIBVIRTD_CONF": _LIBVIRTD_CONF, "QEMU_CONF": _QEMU_CONF, "INSTANCES": instances, "BASE": base}
+    source = {"LIBVIRTD_CONF": _LIBVIRTD_CONF, "QEMU_CONF": _QEMU_CONF, "INSTANCES": str(instances)}
     unshare = ["unshare", "--mount", "--propagation", "slave", "--net", "--pid", "--fork", "--kill-child"]
     holder = subprocess.Popen(
         [*unshare, "sh", "-c", _SETUP],
-        env=os.environ | {name: str(value) for name, value in source.items()},
+        env=os.environ | source,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
