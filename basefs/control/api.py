@@ -1,0 +1,54 @@
+"""What the server offers to the commands: the Protocol its service implements, and the routes' names."""
+
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+API_PREFIX = "/v1"
+PROGRESS_INTERVAL_S = 0.25
+"""About how often `warm` tells its progress."""
+
+
+class ServiceView(Protocol):
+    """The service as the control socket shows it. Everything runs in the service's trio loop.
+
+    `ref` is an image id, a base name or a unique image name. Every method may raise a BasefsError, which becomes
+    the answer: ImageNotFoundError, AmbiguousImageError, ImageBusyError, ImageRefusedError, SourceError, …
+
+    Results hold JSON values only, and nothing secret.
+    """
+
+    def status(self) -> dict[str, Any]:
+        """What `basefs status` shows. At least `mountpoint`, `state`, `keeper_pid`, `server_pid`, `images`,
+        `fetched_bytes`, `fetch_requests`, `cache_bytes`, `glance_reachable`.
+        """
+        ...
+
+    def images(self) -> list[dict[str, Any]]:
+        """Every image of the catalog, as `image` describes one."""
+        ...
+
+    def image(self, ref: str) -> dict[str, Any]:
+        """One image. At least `id`, `name`, `base_name`, `disk_format`, `view`, `size`, `cached_bytes`,
+        `fetched_bytes`, `state`, `handler`, `source`, `open_handles`, `refused_reason`.
+        """
+        ...
+
+    def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
+        """Fetch what is missing while the caller iterates; closing the iterator gives up the wish.
+
+        Yields about every PROGRESS_INTERVAL_S `image_id`, `base_name`, `cached_bytes`, `size`, `fetched_bytes`,
+        `state`; the last one has the state `complete`, or `failed` and an `error`.
+        """
+        ...
+
+    async def start_warm(self, ref: str) -> dict[str, Any]:
+        """Begin to fetch what is missing, and go on whatever becomes of the caller; progress as `warm` yields it."""
+        ...
+
+    async def evict(self, ref: str) -> dict[str, Any]:
+        """Drop the image's local bytes: `evicted_bytes`.
+
+        Raises:
+            ImageBusyError: The image is open.
+        """
+        ...

@@ -1,0 +1,249 @@
+"""The control socket: HTTP over a Unix socket that only its owner may use, for the commands.
+
+It shares the trio loop with the FUSE work, so it is bounded: at most REQUESTS_MAX requests at a time, no request
+body is read, and a client that goes away ends what was done for it alone.
+"""
+
+import json
+import logging
+import os
+import socket
+import stat
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from basefs.control.api import API_PREFIX, ServiceView
+from basefs.errors import (
+    AmbiguousImageError,
+    BasefsError,
+    ControlError,
+    DeadlineExceededError,
+    ImageBusyError,
+    ImageNotFoundError,
+    ImageRefusedError,
+    NoSuchEntryError,
+    SourceError,
+)
+
+log = logging.getLogger(__name__)
+
+REQUESTS_MAX = 32
+HEAD_BYTES_MAX = 16 * 1024
+IDLE_S = 30.0
+
+STATUS_OF: dict[type[BasefsError], int] = {
+    ImageNotFoundError: 404,
+    NoSuchEntryError: 404,
+    AmbiguousImageError: 409,
+    ImageBusyError: 409,
+    ImageRefusedError: 409,
+    SourceError: 503,
+    DeadlineExceededError: 503,
+}
+
+
+async def serve_control(
+    view: ServiceView, socket_path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer commands until cancelled; `task_status.started()` when the socket takes connections.
+
+    Belongs in the service nursery. The socket file is removed at the end.
+
+    Raises:
+        ControlError: The socket cannot be made, or another server answers on it.
+    """
+    listener, inode = _bound_socket(socket_path)
+    config = Config()
+    # hypercorn takes over the descriptor and closes it.
+    config.bind = [f"fd://{listener.detach()}"]
+    config.errorlog = _http_log()
+    config.keep_alive_timeout = IDLE_S
+    config.read_timeout = None
+    config.h11_max_incomplete_size = HEAD_BYTES_MAX
+    config.graceful_timeout = 0.0
+    config.include_server_header = False
+    app = _Bounded(_application(view), requests_max=REQUESTS_MAX)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_serve_http, app, config)
+            task_status.started()
+    finally:
+        _remove_socket(socket_path, inode)
+
+
+async def _serve_http(app: ASGIApp, config: Config, *, task_status: trio.TaskStatus[list[str]]) -> None:
+    await serve(app, config, task_status=task_status, mode="asgi")  # type: ignore[arg-type]  # two spellings of ASGI
+
+
+def _application(view: ServiceView) -> Starlette:
+    """The routes of docs/OPERATIONS.md over `view`."""
+
+    async def status(_request: Request) -> Response:
+        return JSONResponse(view.status())
+
+    async def images(_request: Request) -> Response:
+        return JSONResponse(view.images())
+
+    async def image(request: Request) -> Response:
+        return JSONResponse(view.image(request.path_params["ref"]))
+
+    async def warm(request: Request) -> Response:
+        ref = request.path_params["ref"]
+        if request.query_params.get("wait", "true") == "true":
+            return _ProgressResponse(view.warm(ref))
+        return JSONResponse(await view.start_warm(ref), status_code=202)
+
+    async def evict(request: Request) -> Response:
+        return JSONResponse(await view.evict(request.path_params["ref"]))
+
+    # Image names may hold slashes: the reference is what lies between the prefix and the verb.
+    return Starlette(
+        routes=[
+            Route(f"{API_PREFIX}/status", status, methods=["GET"]),
+            Route(f"{API_PREFIX}/images", images, methods=["GET"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/warm", warm, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/evict", evict, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}", image, methods=["GET"]),
+        ],
+        exception_handlers={BasefsError: _answer_error},
+    )
+
+
+async def _answer_error(_request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, BasefsError)
+    return JSONResponse({"error": str(exc)}, status_code=status_of(exc))
+
+
+def status_of(exc: BasefsError) -> int:
+    """The HTTP status that tells a client which kind of error it was; 500 for what it cannot act on."""
+    return next((status for kind, status in STATUS_OF.items() if isinstance(exc, kind)), 500)
+
+
+class _Bounded:
+    """At most `requests_max` requests at a time; further ones are told to come back, not queued."""
+
+    def __init__(self, app: ASGIApp, *, requests_max: int) -> None:
+        self._app = app
+        self._requests_max = requests_max
+        self._requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._requests >= self._requests_max and scope["type"] == "http":
+            refusal = JSONResponse({"error": f"{self._requests_max} commands are under way; try again"}, 503)
+            await refusal(scope, receive, send)
+            return
+        self._requests += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._requests -= 1
+
+
+class _ProgressResponse(Response):
+    """One JSON line for each item of the generator, which is closed when the client goes away.
+
+    An error before the first item is the whole answer; a later one becomes a last line with the state `failed`.
+    """
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, progress: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__()
+        self._progress = progress
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_at_disconnect, receive, nursery.cancel_scope)
+            async with aclosing(self._progress) as progress:
+                await self._send_all(progress, scope, receive, send)
+            nursery.cancel_scope.cancel()
+
+    async def _send_all(
+        self, progress: AsyncGenerator[dict[str, Any], None], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        last: dict[str, Any] | None = None
+        try:
+            async for item in progress:
+                if last is None:
+                    headers = [(b"content-type", b"application/x-ndjson")]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                last = item
+                await _send_line(send, item)
+        except BasefsError as exc:
+            if last is None:
+                await JSONResponse({"error": str(exc)}, status_code=status_of(exc))(scope, receive, send)
+                return
+            await _send_line(send, {**last, "state": "failed", "error": str(exc)})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_line(send: Callable[[dict[str, Any]], Awaitable[None]], item: dict[str, Any]) -> None:
+    line = json.dumps(item).encode() + b"\n"
+    await send({"type": "http.response.body", "body": line, "more_body": True})
+
+
+async def _cancel_at_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+def _http_log() -> logging.Logger:
+    """Where hypercorn complains; its notes on connections are nobody's business."""
+    http_log = logging.getLogger("basefs.control.http")
+    http_log.setLevel(logging.WARNING)
+    return http_log
+
+
+def _bound_socket(path: Path) -> tuple[socket.socket, int]:
+    """A bound socket, not yet listening, and the inode number of its file. A dead server's file is replaced."""
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _clear_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # Before bind, so that the file never has wider rights than these.
+            os.fchmod(sock.fileno(), 0o600)
+            sock.bind(os.fspath(path))
+            return sock, os.stat(path).st_ino
+        except OSError:
+            sock.close()
+            raise
+    except OSError as exc:
+        raise ControlError(f"cannot make the control socket {path}: {exc.strerror}") from None
+
+
+def _clear_stale(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ControlError(f"cannot make the control socket {path}: there is a file that is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full, so it is alive
+    raise ControlError(f"another basefs answers on the control socket {path}")
+
+
+def _remove_socket(path: Path, inode: int) -> None:
+    try:
+        if os.lstat(path).st_ino == inode:
+            path.unlink()
+    except OSError as exc:
+        log.debug("control socket %s: %s", path, exc.strerror)

@@ -1,0 +1,102 @@
+"""Logging: oslo.log as every OpenStack service has it, with secrets masked in whatever is written."""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from oslo_config import cfg
+from oslo_log import log as oslo_log
+from oslo_utils import strutils
+
+QUIET_LIBRARIES = [
+    "keystoneauth=WARNING",
+    "keystoneclient=WARNING",
+    "glanceclient=WARNING",
+    "urllib3=WARNING",
+    "requests=WARNING",
+    "httpx=WARNING",
+    "httpcore=WARNING",
+    "hypercorn=WARNING",
+    "stevedore=WARNING",
+]
+LINE_FORMAT = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(name)s %(message)s"
+"""The same for the server (here) and the keeper (which knows the standard library only)."""
+
+
+def set_up_logging(conf: cfg.ConfigOpts, *, is_command: bool = False) -> None:
+    """Send log records where [DEFAULT] of the configuration says: a file, journald, syslog, else stderr.
+
+    A command (`is_command`) logs warnings to stderr only, or everything with `debug`: its results go to stdout,
+    and the server's log file is not its own.
+    """
+    if is_command:
+        logging.basicConfig(level=logging.DEBUG if conf.debug else logging.WARNING, format=LINE_FORMAT)
+    else:
+        conf.set_default("default_log_levels", QUIET_LIBRARIES)
+        for name in ("logging_context_format_string", "logging_default_format_string"):
+            conf.set_default(name, LINE_FORMAT)
+        oslo_log.setup(conf, "basefs")
+    mask_secrets(logging.getLogger())
+
+
+def mask_secrets(logger: logging.Logger) -> None:
+    """From now on no handler of `logger` writes a password or a token, in messages and tracebacks alike."""
+    for handler in logger.handlers:
+        if not isinstance(handler.formatter, _MaskingFormatter):
+            handler.setFormatter(_MaskingFormatter(handler.formatter or logging.Formatter()))
+
+
+class _MaskingFormatter(logging.Formatter):
+    """What another formatter made of a record, without secrets."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        text: str = strutils.mask_password(self._inner.format(record))
+        return text
+
+
+class ConditionLog:
+    """One record when a condition begins and one when it ends, not one each time somebody meets it.
+
+    A condition is a key, e.g. `("glance",)` or `("refused", image_id)`. One that goes on is told again every
+    `repeat_s` seconds. At most `keys_max` conditions are remembered; the least recently met is forgotten first.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        *,
+        repeat_s: float = 3600.0,
+        keys_max: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._logger = logger
+        self._repeat_s = repeat_s
+        self._keys_max = keys_max
+        self._clock = clock
+        self._told_at_s: OrderedDict[object, float] = OrderedDict()
+
+    def begins(self, key: object, level: int, message: str, *args: object) -> bool:
+        """Log `message % args` unless the condition is known; whether it was logged."""
+        now_s = self._clock()
+        told_at_s = self._told_at_s.get(key)
+        if told_at_s is not None and now_s - told_at_s < self._repeat_s:
+            self._told_at_s.move_to_end(key)
+            return False
+        self._told_at_s[key] = now_s
+        self._told_at_s.move_to_end(key)
+        if len(self._told_at_s) > self._keys_max:
+            self._told_at_s.popitem(last=False)
+        self._logger.log(level, message, *args)
+        return True
+
+    def ends(self, key: object, message: str, *args: object) -> bool:
+        """Log `message % args` at INFO if the condition was known, and forget it; whether it was logged."""
+        if self._told_at_s.pop(key, None) is None:
+            return False
+        self._logger.info(message, *args)
+        return True
