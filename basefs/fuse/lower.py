@@ -20,7 +20,7 @@ from basefs.fuse.lower_attributes import attribute_change, creator, statvfs_data
 from basefs.fuse.lower_calls import LowerCalls
 from basefs.fuse.lower_files import LowerFiles, ReadBytes
 from basefs.fuse.lower_holding import LowerInodes
-from basefs.fuse.lower_syscalls import rename_with_flags
+from basefs.fuse.lower_syscalls import rename_with_flags, stays_in_memory
 
 # A READDIR takes about 160 entries at most; the fds of one batch are opened in one call in a thread.
 _BATCH_NAMES = 64
@@ -43,7 +43,7 @@ class LowerTree:
 
         Handles count up from `first_handle`. The kernel may keep names and attributes for `timeout_s`.
         """
-        self._calls = LowerCalls(blocking)
+        self._calls = LowerCalls(blocking, status_in_memory=stays_in_memory(root_fd))
         self._inodes = LowerInodes(root_fd, self._calls, timeout_s=timeout_s)
         self._files = LowerFiles(self._calls, first_handle=first_handle)
 
@@ -72,7 +72,7 @@ class LowerTree:
         """The entry, counted as known to the kernel; None if the name is not there."""
         with await self._inodes.held(parent_inode) as parent:
             try:
-                found = await self._calls.run(disk.find_name, parent.fd, checked_name(name))
+                found = await self._calls.find_name(parent.fd, checked_name(name))
             except errors.NoSuchEntryError:
                 return None
         return self._told(*found)
@@ -174,7 +174,7 @@ class LowerTree:
     async def getattr(self, inode: int) -> pyfuse3.EntryAttributes:
         """The attributes now."""
         with await self._inodes.held(inode) as node:
-            status = await self._calls.run(os.fstat, node.fd)
+            status = await self._calls.status(node.fd)
             node.note(status)
             return self._inodes.entry(status)
 
@@ -210,11 +210,21 @@ class LowerTree:
     async def getxattr(self, inode: int, name: bytes) -> bytes:
         """An extended attribute's value. NoSuchAttributeError if it is not there."""
         with await self._inodes.held(inode) as node:
-            return await self._calls.run(xattrs.get_attribute, node.fd, name)
+            if name == xattrs.CAPABILITY and node.lacks_capability:
+                raise errors.NoSuchAttributeError("the file has no capabilities")
+            try:
+                return await self._calls.run(xattrs.get_attribute, node.fd, name)
+            except errors.NoSuchAttributeError:
+                # The kernel asks for this one before every write(2); only through us can it be set meanwhile.
+                if name == xattrs.CAPABILITY and node.lacks_capability is None and self._calls.status_in_memory:
+                    node.lacks_capability = True
+                raise
 
     async def setxattr(self, inode: int, name: bytes, value: bytes) -> None:
         """Creates or replaces an extended attribute. NotSupportedError for POSIX ACLs."""
         with await self._inodes.held(inode) as node:
+            if name == xattrs.CAPABILITY:
+                node.lacks_capability = False
             await self._calls.run(xattrs.set_attribute, node.fd, name, value)
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""What the pass-through half does to the lower directory: blocking functions over fds, run in threads.
+"""What the pass-through half does to the lower directory: functions over fds, blocking, run in threads.
 
 Directories and files are named by fds and single names, never by paths, so nothing resolves outside the
 lower directory. Each function either succeeds whole or leaves no fd and no half-made file behind.
@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from basefs.fuse.lower_syscalls import proc_path, set_times
+from basefs.fuse.lower_syscalls import open_cached, proc_path, set_times
 
 # Of an opener's flags only these reach the lower file. O_DIRECT would want aligned buffers from us, O_APPEND
 # would make the lower kernel ignore the offsets that the mount's kernel worked out, O_CREAT and O_EXCL are
@@ -73,6 +73,15 @@ def find_name(parent_fd: int, name: bytes) -> Found:
         if stat.S_ISDIR(status.st_mode) and status.st_dev != os.fstat(parent_fd).st_dev:
             raise OSError(errno.EXDEV, "a file system mounted in the lower directory is not shown", os.fsdecode(name))
         return fd, status
+
+
+def find_cached_name(parent_fd: int, name: bytes) -> Found | None:
+    """Like find_name, but never blocks on a file system of this host; None if only the disk can tell."""
+    fd = open_cached(parent_fd, name)
+    if fd is None:
+        return None
+    with _closed_on_error(fd):
+        return fd, os.fstat(fd)
 
 
 def find_names(parent_fd: int, names: Sequence[bytes]) -> list[tuple[bytes, int, os.stat_result]]:

@@ -105,9 +105,12 @@ class LowerFiles:
         return len(data)
 
     async def flush(self, handle: int) -> None:
-        """What close(2) on the lower file would report now: an error of delayed writes on a network file system."""
+        """Reports what close(2) on the lower file would now: the delayed writes that another host refused.
+
+        On file systems of this host close(2) has nothing to report.
+        """
         with self.pinned(handle) as file:
-            if file.writable:
+            if file.writable and not self._calls.status_in_memory:
                 await self._calls.run(_flush, file.fd)
 
     async def fsync(self, handle: int, *, datasync: bool) -> None:

@@ -18,7 +18,7 @@ LOWER_BIT = 1 << 63
 class LowerNode:
     """One inode: `fd` is O_PATH and stays valid while `pins` is above zero or the table holds the node."""
 
-    __slots__ = ("fd", "has_set_id", "identity", "inode", "lookups", "pins")
+    __slots__ = ("fd", "has_set_id", "identity", "inode", "lacks_capability", "lookups", "pins")
 
     def __init__(self, inode: int, fd: int, status: os.stat_result) -> None:
         self.inode = inode
@@ -27,6 +27,8 @@ class LowerNode:
         self.lookups = 0
         self.pins = 0
         self.has_set_id = False
+        # None: not asked for yet. False: somebody sets it, so nothing is remembered any more.
+        self.lacks_capability: bool | None = None
         self.note(status)
 
     def note(self, status: os.stat_result) -> None:

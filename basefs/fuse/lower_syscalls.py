@@ -1,10 +1,12 @@
-"""System calls on the lower directory that Python's `os` does not offer, or not without a path.
+"""System calls on the lower directory that Python's `os` does not offer.
 
-All of them block: they run in threads. An fd opened with O_PATH takes part in most calls only through
-its link in /proc, which leads to the very inode, never along a path; symbolic links are not followed.
+They block and run in threads, but for those that say otherwise. An fd opened with O_PATH takes part in most
+calls only through its link in /proc, which leads to the very inode, never along a path; symbolic links are
+not followed.
 """
 
 import ctypes
+import errno
 import os
 import struct
 
@@ -12,10 +14,25 @@ _UTIME_OMIT = (1 << 30) - 2
 _AT_FDCWD = -100
 _NS_PER_S = 1_000_000_000
 
+_SYS_OPENAT2 = 437  # the same on all architectures
+_RESOLVE_NO_XDEV = 0x01
+_RESOLVE_CACHED = 0x20
+_STATFS_BYTES = 512  # more than any struct statfs
+_LOCAL_FILE_SYSTEMS = frozenset(
+    (
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # xfs
+        0x9123683E,  # btrfs
+        0x01021994,  # tmpfs
+    )
+)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
+_libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 _libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
 
 
@@ -38,6 +55,29 @@ def set_times(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
 
 def _timespec(time_ns: int | None) -> tuple[int, int]:
     return (0, _UTIME_OMIT) if time_ns is None else divmod(time_ns, _NS_PER_S)
+
+
+def open_cached(parent_fd: int, name: bytes) -> int | None:
+    """An O_PATH fd on an entry that the lower kernel has in memory. Never blocks: for the trio loop.
+
+    FileNotFoundError if it has in memory that there is no such name. None: only the disk can tell, or a kernel
+    before 5.12; ask in a thread.
+    """
+    how = struct.pack("@QQQ", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _RESOLVE_NO_XDEV | _RESOLVE_CACHED)
+    fd: int = _libc.syscall(_SYS_OPENAT2, parent_fd, name, how, len(how))
+    if fd >= 0:
+        return fd
+    if ctypes.get_errno() == errno.ENOENT:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
+    return None
+
+
+def stays_in_memory(fd: int) -> bool:
+    """Whether the status of an open inode is in memory always: not so where another host may change it."""
+    status = ctypes.create_string_buffer(_STATFS_BYTES)
+    _check(_libc.fstatfs(fd, status))
+    # struct statfs begins with `long f_type`.
+    return struct.unpack_from("@l", status.raw)[0] in _LOCAL_FILE_SYSTEMS
 
 
 def _check(result: int) -> None:

@@ -9,6 +9,7 @@ import os
 from basefs import errors
 from basefs.fuse.lower_syscalls import proc_path
 
+CAPABILITY = b"security.capability"
 _ACL_PREFIX = b"system.posix_acl_"
 _ROOT_ONLY_PREFIX = b"trusted."
 
