@@ -67,25 +67,25 @@ class ChunkFile:
         None when a chunk is not ready, a marker asks for the planner, or a page is not in memory. The
         answer is valid until the next await. 0 <= offset; never raises.
         """
-        end = offset + size
-        if end > self.size:
-            end = self.size
-            size = end - offset
-            if size <= 0:
-                return b""
-        first = offset >> self._shift
-        last = (end - 1) >> self._shift
-        if first == last:
-            if self._ready[first] != READY:
-                return None
-        elif size > HIT_BYTES_MAX or self._ready[first : last + 1] != _ALL_READY[: last + 1 - first]:
-            return None
-        into = _hit_buffer[:size]
         try:
+            end = offset + size
+            if end > self.size:
+                end = self.size
+                size = end - offset
+                if size <= 0:
+                    return b""
+            first = offset >> self._shift
+            last = (end - 1) >> self._shift
+            if first == last:
+                if self._ready[first] != READY:
+                    return None
+            elif size > HIT_BYTES_MAX or self._ready[first : last + 1] != _ALL_READY[: last + 1 - first]:
+                return None
+            into = _hit_buffer[:size]
             # Inline: 6 us against 64 us through a thread. RWF_NOWAIT: a cold page must not stop the loop.
             if os.preadv(self._data_fd, (into,), offset, os.RWF_NOWAIT) == size:
                 return into
-        except OSError:
+        except (OSError, ValueError):  # a cold page; a file that was closed meanwhile
             pass
         return None
 

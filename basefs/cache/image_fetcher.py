@@ -6,6 +6,7 @@ await stands between finding a chunk absent and waiting for it.
 
 import copy
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -29,13 +30,15 @@ class ImageFetcher:
         self.entry = entry
         self.size = entry.size
         self.chunk_bytes = chunk_bytes
-        self.damaged_chunks = 0
         self._services = services
         self._board = WaiterBoard()
         self._ledger = ChunkLedger(states, file, size=entry.size, chunk_bytes=chunk_bytes)
         self._transfers = ImageTransfers(entry, self._ledger, self._board, services)
         self._readers = 0
         self._no_readers = trio.Event()
+        self.hit: Callable[[int, int], memoryview | bytes | None] = (
+            _no_hit if file is None else file.hit
+        )  # the chunk file's own: a hit costs one call
         self._transfers.tell_size()
 
     @property
@@ -57,11 +60,6 @@ class ImageFetcher:
     def is_busy(self) -> bool:
         """Whether a transfer is under way or a reader is inside."""
         return self._transfers.under_way > 0 or self._readers > 0
-
-    def hit(self, offset: int, size: int) -> memoryview | bytes | None:
-        """See `ChunkFile.hit`."""
-        file = self._ledger.file
-        return None if file is None else file.hit(offset, size)
 
     async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
         """Exactly `[offset, offset + length)`; 0 <= offset, 0 < length, offset + length <= size.
@@ -171,7 +169,7 @@ class ImageFetcher:
                 self._ledger.lose(index)
                 damaged += 1
         if damaged:
-            self.damaged_chunks += damaged
+            self._services.counters.damaged_chunks += damaged
             log.warning(
                 "image %s: %d cached chunks from byte %d on are damaged; they are fetched again",
                 self.entry.image_id, damaged, span.start * self.chunk_bytes,
@@ -222,6 +220,7 @@ class ImageFetcher:
             if self._readers:
                 await self._no_readers.wait()
         self._transfers.tell_size()
+        self.hit = _no_hit
         file, self._ledger.file = self._ledger.file, None
         if file is not None:
             file.close()
@@ -232,6 +231,10 @@ def _may_pass(error: errors.BasefsError, *, patient: bool) -> bool:
     if isinstance(error, errors.SourceUnavailableError | errors.SourceCorruptError):
         return True
     return patient and isinstance(error, errors.SourceForbiddenError)
+
+
+def _no_hit(_offset: int, _size: int) -> None:
+    """Without a chunk file nothing can be had at once."""
 
 
 def _verified(file: ChunkFile, indexes: list[int]) -> set[int]:

@@ -36,6 +36,14 @@ STREAM_PIECE_BYTES = 1 << 18
 _SHUTTING_DOWN = "basefs is shutting down"
 
 
+@dataclass(slots=True)
+class FetchCounters:
+    """What happened to all images since the server began."""
+
+    damaged_chunks: int = 0
+    """Cached chunks whose bytes did not fit their checksum; they were fetched again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchServices:
     """What every image's transfers share: built once by the service."""
@@ -48,6 +56,7 @@ class FetchServices:
     request_bytes_max: int
     jitter: Callable[[], float]
     changed: Callable[[ImageEntry], None]
+    counters: FetchCounters
 
 
 class ImageTransfers:

@@ -1,6 +1,7 @@
 """How a base image is prepared: the base class of the nova blueprint, `init`, `fetch_image`, `remove_image`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,17 +19,13 @@ class Patience:
 class PreparedImage(Protocol):
     """An image whose bytes can be read; what is not here comes meanwhile."""
 
-    @property
-    def size(self) -> int:
-        """Bytes shown."""
-        ...
+    size: int
+    """Bytes shown."""
+    hit: Callable[[int, int], memoryview | bytes | None]
+    """`hit(offset, size)`: what is shown there, up to the end, if it can be had at once; else None.
 
-    def hit(self, offset: int, size: int) -> memoryview | bytes | None:
-        """What is shown of `[offset, offset + size)`, up to the end, if it can be had at once; else None.
-
-        The answer is valid until the next await. Never raises.
-        """
-        ...
+    The answer is valid until the next await. Never raises.
+    """
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes:
         """What is shown of `[offset, offset + size)`: all of it up to the end, or an error.
@@ -57,6 +54,18 @@ class TemplateImageHandler(ABC):
         """
 
     @abstractmethod
+    def opened(self, entry: ImageEntry, image: PreparedImage) -> None:
+        """Somebody opened `image`: it stays prepared until `released` was called as often."""
+
+    @abstractmethod
+    async def released(self, entry: ImageEntry) -> None:
+        """One handle fewer. Never fails, also for a handle that an earlier server gave out."""
+
+    @abstractmethod
+    def open_handles(self, entry: ImageEntry) -> int:
+        """Handles on the image that this server gave out or learned of."""
+
+    @abstractmethod
     async def remove_image(self, entry: ImageEntry) -> int:
         """Drop what is here of an image that nobody has open; how many bytes that were. Glance keeps its own."""
 
@@ -67,6 +76,10 @@ class TemplateImageHandler(ABC):
     @abstractmethod
     def warm(self, entry: ImageEntry) -> None:
         """Begin to bring the whole image in the background (nova's pre-cache call)."""
+
+    @abstractmethod
+    def is_warming(self, entry: ImageEntry) -> bool:
+        """Whether the whole image is being brought."""
 
     @abstractmethod
     async def close(self) -> None:

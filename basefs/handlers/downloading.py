@@ -19,7 +19,7 @@ from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.chunk_map import ChunkMapHeader
 from basefs.core.inodes import image_inode, image_number_of
-from basefs.handlers.base import Patience, TemplateImageHandler
+from basefs.handlers.base import Patience, PreparedImage, TemplateImageHandler
 from basefs.views.stored import StoredView
 
 log = logging.getLogger(__name__)
@@ -100,21 +100,22 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         image = self._images[entry.number] = DownloadedImage(fetcher)
         return image
 
-    def opened(self, entry: ImageEntry, image: DownloadedImage) -> None:
-        """Somebody opened `image`; it stays prepared until `released` was called as often."""
-        image.opens += 1
-        self._images.pop(entry.number, None)
-        self._images[entry.number] = image
+    def opened(self, entry: ImageEntry, image: PreparedImage) -> None:
+        """See the base class. `image` is the last `fetch_image` gave for this entry, with no await since."""
+        ours = self._images.pop(entry.number)
+        assert ours is image, "an image was opened that is not the prepared one"
+        ours.opens += 1
+        self._images[entry.number] = ours
 
     async def released(self, entry: ImageEntry) -> None:
-        """One handle fewer; closes the images that were not used for longest."""
+        """See the base class. Closes the images that were not used for longest."""
         image = self._images.get(entry.number)
         if image is not None and image.opens:
             image.opens -= 1
         await self._close_idle()
 
     def open_handles(self, entry: ImageEntry) -> int:
-        """Handles on the image that this server gave out or learned of."""
+        """See the base class."""
         image = self._images.get(entry.number)
         return image.opens if image is not None else 0
 
@@ -153,12 +154,15 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         """See the base class."""
         self.warmer.keep(entry)
 
+    def is_warming(self, entry: ImageEntry) -> bool:
+        """See the base class."""
+        return self.warmer.is_warming(entry)
+
     async def close(self) -> None:
         """See the base class. Transfers are stopped; readers were answered before."""
-        with trio.CancelScope(shield=True):
-            while self._images:
-                _, image = self._images.popitem()
-                await image.fetcher.close()
+        while self._images:
+            _, image = self._images.popitem()
+            await image.fetcher.close()
 
 
 def _make_directory(directory: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import trio
 
 from basefs import errors
-from basefs.catalog.checks import content_verdict, metadata_verdict
+from basefs.catalog.checks import View, content_verdict, metadata_verdict
 from basefs.catalog.records import ImageEntry, Verdict
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.retry import backoff_s
@@ -37,7 +37,7 @@ class ServableGate:
         nursery: trio.Nursery,
         changed: Callable[[ImageEntry], None],
         *,
-        view: str,
+        view: View,
         verify_signatures: bool,
         header_bytes: int,
     ) -> None:

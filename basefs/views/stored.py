@@ -1,5 +1,6 @@
 """The view that shows the stored bytes as they are: raw, iso, ami, aki, ari, and every format with `view = stored`."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -7,10 +8,8 @@ class ByteSource(Protocol):
     """Stored bytes, such as `cache.image_fetcher.ImageFetcher`."""
 
     size: int
-
-    def hit(self, offset: int, size: int) -> memoryview | bytes | None:
-        """See `ChunkFile.hit`."""
-        ...
+    hit: Callable[[int, int], memoryview | bytes | None]
+    """See `ChunkFile.hit`."""
 
     async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
         """See `ImageFetcher.read`."""

@@ -1,0 +1,106 @@
+"""The one table from our errors to errno, and the one place that catches everything.
+
+Any exception but FUSEError that leaves a pyfuse3 handler ends the mount, so every handler of `operations.py`
+is wrapped by `edge`. One record per outcome, here; a condition that lasts is not logged per read.
+"""
+
+import errno
+import logging
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from basefs import errors
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ERRNO_OF: dict[type[errors.BasefsError], int] = {
+    errors.BasefsError: errno.EIO,
+    errors.ConfigError: errno.EIO,
+    errors.MountError: errno.EIO,
+    errors.ControlError: errno.EIO,
+    errors.AmbiguousImageError: errno.EIO,
+    errors.ImageBusyError: errno.EBUSY,
+    # Gone while it is open: its missing bytes cannot be had. At a lookup this becomes ImageRefusedError.
+    errors.ImageNotFoundError: errno.EIO,
+    # ENOENT is the clean fallback: nova then downloads, checks and converts the image itself.
+    errors.ImageRefusedError: errno.ENOENT,
+    errors.SourceError: errno.EIO,
+    errors.SourceUnavailableError: errno.EIO,
+    errors.SourceForbiddenError: errno.EIO,
+    errors.SourceCorruptError: errno.EIO,
+    errors.RangeNotHonouredError: errno.EIO,
+    errors.CacheError: errno.EIO,
+    errors.NoSuchEntryError: errno.ENOENT,
+    # Never EPERM or EACCES: libvirt takes those for fatal where it tolerates EROFS and ENOTSUP.
+    errors.ReadOnlyError: errno.EROFS,
+    errors.NotSupportedError: errno.ENOTSUP,
+    errors.NoSuchAttributeError: errno.ENODATA,
+    errors.AttributeRangeError: errno.ERANGE,
+    errors.BadHandleError: errno.EBADF,
+    errors.LowerFileError: errno.EIO,  # its own errno is used; this is for one without
+    errors.DeadlineExceededError: errno.EIO,
+    errors.InternalError: errno.EIO,
+}
+
+RECORD_INTERVAL_S = 10.0
+"""The same failure of the same operation gives one WARNING in so many seconds."""
+
+NAME_MAX = 255
+
+_last_record: dict[tuple[str, str], float] = {}
+_RECORDS_MAX = 1000
+
+
+def errno_of(error: errors.BasefsError) -> int:
+    """What a process that made the call gets to see."""
+    if isinstance(error, errors.LowerFileError) and error.os_error.errno:
+        return error.os_error.errno
+    return ERRNO_OF[type(error)]
+
+
+def _record(operation: str, error: errors.BasefsError) -> None:
+    if errno_of(error) != errno.EIO or isinstance(error, errors.LowerFileError):
+        log.debug("%s: %s", operation, error)
+        return
+    key = (operation, str(error))
+    now = trio.current_time()
+    if now - _last_record.get(key, -RECORD_INTERVAL_S) < RECORD_INTERVAL_S:
+        return
+    if len(_last_record) >= _RECORDS_MAX:
+        _last_record.clear()
+    _last_record[key] = now
+    log.warning("%s answered EIO: %s", operation, error)
+
+
+def edge(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The handler, from which nothing comes but its answer, FUSEError, and cancellation."""
+    operation = handler.__name__.lstrip("_")
+
+    @wraps(handler)
+    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except errors.BasefsError as exc:
+            _record(operation, exc)
+            raise pyfuse3.FUSEError(errno_of(exc)) from None
+        except Exception:
+            log.exception("bug in %s%r", operation, _plain(args[1:]))
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return wrapped
+
+
+def _plain(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments that a record may hold: numbers and names, no data."""
+    return tuple(
+        arg if isinstance(arg, int) or (isinstance(arg, bytes) and len(arg) <= NAME_MAX) else "..." for arg in args
+    )

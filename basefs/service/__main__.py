@@ -1,0 +1,40 @@
+"""`python -m basefs.service '<JSON>'`: started by the keeper, not by hand."""
+
+import json
+import logging
+import os
+import sys
+
+import trio
+
+from basefs import errors
+from basefs.config import load_settings
+from basefs.observability import set_up_logging
+from basefs.service.keeper_channel import KeeperChannel
+from basefs.service.server import Arguments, serve
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """The exit code: 0 when the mount is gone, 1 when the service could not begin or failed."""
+    arguments = Arguments(**json.loads(sys.argv[1]))
+    try:
+        conf, settings = load_settings(arguments.config_files, arguments.config_dirs)
+    except errors.BasefsError as exc:
+        KeeperChannel(arguments.keeper_fd).send({"type": "failed", "error": str(exc)})
+        return 1
+    set_up_logging(conf)
+    try:
+        trio.run(serve, arguments, conf, settings)
+    except errors.BasefsError as exc:
+        log.error("%s", exc)  # noqa: TRY400  (foreseen: no traceback)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    # A thread that hangs in a request cannot be stopped and must not keep the process.
+    logging.shutdown()
+    os._exit(code)

@@ -1,0 +1,240 @@
+"""The composition root: builds the objects, opens the service nursery, and takes all down again.
+
+service nursery ............ lives as long as the mount
+├─ state database writer
+├─ catalog refresher
+├─ flights: checks, transfers, warmings
+├─ control socket
+└─ FUSE session ............ its end is the service's end
+"""
+
+import gc
+import logging
+import os
+import pwd
+import random
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+from oslo_config import cfg
+
+from basefs import errors
+from basefs.cache.state_db import StateDatabase
+from basefs.cache.transfers import FetchCounters, FetchServices
+from basefs.catalog.glance_catalog import Catalog
+from basefs.concurrency.priority_slots import PrioritySlots
+from basefs.concurrency.threads import BlockingCalls
+from basefs.config import Settings
+from basefs.control.server import serve_control
+from basefs.core.inodes import FIRST_OTHER_HANDLE, image_number_of
+from basefs.fuse.directories import Directories
+from basefs.fuse.image_files import ImageFiles, ImageFileSettings
+from basefs.fuse.lower import LowerTree
+from basefs.fuse.operations import Operations
+from basefs.fuse.virtual_tree import VirtualTree
+from basefs.handlers.base import Patience
+from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.handlers.gate import ServableGate
+from basefs.service.keeper_channel import KeeperChannel
+from basefs.service.session import serve_session
+from basefs.service.view import View
+from basefs.sources.glance import GlanceSource
+from basefs.sources.metadata import GlanceMetadata
+from basefs.sources.session import GlanceAccess, open_glance
+
+log = logging.getLogger(__name__)
+
+DISK_THREADS_MAX = 16
+LOWER_THREADS_MAX = 16
+STREAMS_MAX = 8
+"""Images that come as one stream at a time; apart from `fetch_threads_max`, for a stream takes minutes."""
+BACKGROUND_RESERVE = 2
+"""Request slots that background work leaves to readers."""
+GUEST_USERS = ("libvirt-qemu", "qemu")
+STOP_LIMIT_S = 10.0
+"""How long the end of the service may take before what hangs is left behind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """What the keeper hands to a server (docs/DESIGN.md, section 1)."""
+
+    session_fd: int
+    keeper_fd: int
+    lower_fd: int
+    lock_fd: int
+    keeper_pid: int
+    config_files: list[str]
+    config_dirs: list[str]
+
+
+class Service:
+    """One server's objects. `run` once."""
+
+    def __init__(self, arguments: Arguments, conf: cfg.ConfigOpts, settings: Settings, channel: KeeperChannel) -> None:
+        self._arguments = arguments
+        self._settings = settings
+        self._channel = channel
+        self._access: GlanceAccess = open_glance(conf, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        self._chunks_dir = settings.cache_dir / "chunks"
+
+    async def run(self) -> None:
+        """Serve until the mount is gone.
+
+        Raises:
+            BasefsError: the service could not begin.
+        """
+        numbers_from = await trio.to_thread.run_sync(_highest_number, self._chunks_dir)
+        database = await StateDatabase.open(self._settings.cache_dir / "state.sqlite", numbers_from=numbers_from)
+        lower = LowerTree(
+            self._arguments.lower_fd,
+            BlockingCalls("lower", threads_max=LOWER_THREADS_MAX),
+            first_handle=FIRST_OTHER_HANDLE,
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(database.run)
+                await self._serve(nursery, database, lower)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await database.close()
+                await lower.close()
+            self._access.close()
+
+    async def _serve(self, nursery: trio.Nursery, database: StateDatabase, lower: LowerTree) -> None:
+        settings = self._settings
+        catalog = Catalog(
+            GlanceMetadata(self._access),
+            database,
+            nursery,
+            refresh_s=settings.catalog_refresh_s,
+            full_refresh_s=settings.catalog_full_refresh_s,
+            lookup_deadline_s=settings.lookup_deadline_s,
+        )
+        await catalog.load()
+        counters = FetchCounters()
+        source = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        handler = await self._handler(nursery, source, catalog, counters)
+        gate = ServableGate(
+            source,
+            handler,
+            nursery,
+            catalog.touch,
+            view=settings.view,
+            verify_signatures=settings.verify_glance_signatures,
+            header_bytes=settings.chunk_bytes,
+        )
+        view = View(
+            catalog,
+            gate,
+            handler,
+            source,
+            self._access,
+            mountpoint=settings.mountpoint,
+            view=settings.view,
+            keeper_pid=self._arguments.keeper_pid,
+            check_deadline_s=settings.lookup_deadline_s,
+            counters=counters,
+        )
+        images = ImageFiles(catalog, gate, handler, self._file_settings(), changed=catalog.touch, nursery=nursery)
+        virtual = VirtualTree(catalog, images, view.status, view.report)
+        directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
+        view.operations = Operations(lower, images, virtual, directories)
+        await nursery.start(serve_control, view, settings.control_socket)
+        nursery.start_soon(catalog.run)
+        # What stands now stays: without it the collector walks all of it again and again.
+        gc.collect()
+        gc.freeze()
+        async with trio.open_nursery() as session:
+            await session.start(serve_session, view.operations, self._arguments.session_fd, self._channel)
+            view.state = "serving"
+            log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
+        view.state = "stopping"
+        _end_by(STOP_LIMIT_S)
+        await handler.close()
+
+    async def _handler(
+        self, nursery: trio.Nursery, source: GlanceSource, catalog: Catalog, counters: FetchCounters
+    ) -> DownloadingTemplateImageHandler:
+        settings = self._settings
+        services = FetchServices(
+            nursery=nursery,
+            source=source,
+            slots=PrioritySlots(settings.fetch_threads_max, reserved=BACKGROUND_RESERVE),
+            stream_slots=PrioritySlots(STREAMS_MAX, reserved=0),
+            disk=BlockingCalls("disk", threads_max=DISK_THREADS_MAX),
+            request_bytes_max=settings.fetch_request_bytes_max,
+            jitter=random.random,
+            changed=catalog.touch,
+            counters=counters,
+        )
+        handler = DownloadingTemplateImageHandler(self._chunks_dir, settings.chunk_bytes, services)
+        await handler.init()
+        await handler.remove_unknown({entry.number for entry in catalog.entries()})
+        return handler
+
+    def _file_settings(self) -> ImageFileSettings:
+        settings = self._settings
+        lower = os.fstat(self._arguments.lower_fd)
+        return ImageFileSettings(
+            lookup_deadline_s=settings.lookup_deadline_s,
+            guest=Patience(deadline_s=settings.guest_io_deadline_s, is_guest=True),
+            other=Patience(deadline_s=settings.other_io_deadline_s, is_guest=False),
+            guest_uids=frozenset(uid for uid in map(_uid_of, GUEST_USERS) if uid is not None),
+            owner_uid=lower.st_uid,
+            owner_gid=lower.st_gid,
+        )
+
+
+def _end_by(limit_s: float) -> None:
+    """End the process after `limit_s`, whatever hangs: a thread inside a request cannot be stopped.
+
+    What it may cost is the last second of the state database; chunks are complete or not there at any moment.
+    """
+    timer = threading.Timer(limit_s, os._exit, [0])
+    timer.daemon = True
+    timer.start()
+
+
+def _uid_of(user: str) -> int | None:
+    """The uid of a user by name or number; None where the machine has no such user."""
+    if user.isdecimal():
+        return int(user)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return None
+
+
+def _highest_number(chunks_dir: Path) -> int:
+    """The highest image number that a chunk file was ever made for: it must not be given to another image."""
+    try:
+        names = os.listdir(chunks_dir)
+    except OSError:
+        return 0
+    numbers = [image_number_of(int(stem)) for stem, _, _ in (name.partition(".") for name in names) if stem.isdecimal()]
+    return max((number for number in numbers if number is not None), default=0)
+
+
+async def serve(arguments: Arguments, conf: cfg.ConfigOpts, settings: Settings) -> None:
+    """Serve the mount that the keeper `arguments` come from, until it is gone.
+
+    Raises:
+        BasefsError: the service could not begin; the keeper was told.
+    """
+    channel = KeeperChannel(arguments.keeper_fd)
+    try:
+        await Service(arguments, conf, settings, channel).run()
+    except* errors.BasefsError as group:
+        error = _first(group)
+        channel.send({"type": "failed", "error": str(error)})
+        raise error from None
+
+
+def _first(group: BaseExceptionGroup[errors.BasefsError]) -> errors.BasefsError:
+    for error in group.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an exception group is never empty")

@@ -1,0 +1,54 @@
+"""The FUSE session: libfuse learns its state from a FUSE_INIT that the keeper plays, then speaks to the kernel.
+
+libfuse takes an already open fd for a mount point of the form `/dev/fd/N`. First that fd is the session socket,
+over which the keeper sends the kernel's FUSE_INIT; then the `/dev/fuse` fd takes its number (dup2).
+"""
+
+import os
+
+import pyfuse3
+import trio
+
+from basefs.service.keeper_channel import KeeperChannel
+
+TASKS_MAX = 1000
+"""Requests worked on at a time. Waiting reads hold one each, so few of them would stop `stat`; pyfuse3's 99 is few.
+Each costs about 8 KiB of memory while it waits."""
+
+
+async def serve_session(
+    operations: pyfuse3.Operations,
+    session_fd: int,
+    channel: KeeperChannel,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer the kernel until the mount is gone. Reports started when requests are being answered.
+
+    Raises:
+        MountError: the keeper ended during the handshake.
+    """
+    pyfuse3.init(operations, f"/dev/fd/{session_fd}", set())
+    try:
+        channel.send({"type": "prepared"})
+        (fuse_fd,) = await channel.expect("serve")
+        with trio.CancelScope() as handshake:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pyfuse3.main)  # answers the FUSE_INIT that comes over the socket
+                await channel.expect("switch")
+                handshake.cancel()
+        # Nobody waits on the socket now, so epoll forgets it cleanly.
+        os.dup2(fuse_fd, session_fd)
+        os.close(fuse_fd)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_main_then_cancel, nursery.cancel_scope)
+            channel.send({"type": "ready"})
+            task_status.started()
+    finally:
+        pyfuse3.close(unmount=False)
+
+
+async def _main_then_cancel(scope: trio.CancelScope) -> None:
+    """Ends when the session does."""
+    await pyfuse3.main(min_tasks=4, max_tasks=TASKS_MAX)
+    scope.cancel()

@@ -1,0 +1,144 @@
+"""What the control socket and `.basefs/` show and do: `control.api.ServiceView` over the service's objects."""
+
+import math
+import os
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from basefs import errors
+from basefs.cache.transfers import FetchCounters
+from basefs.catalog.glance_catalog import Catalog
+from basefs.catalog.records import ImageEntry
+from basefs.control.api import PROGRESS_INTERVAL_S
+from basefs.fuse.operations import Operations
+from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.handlers.gate import ServableGate
+from basefs.handlers.report import image_report
+from basefs.sources.glance import GlanceSource
+from basefs.sources.session import GlanceAccess
+
+
+class View:
+    """See `ServiceView`. `operations` is set by the service once the face is built."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        gate: ServableGate,
+        handler: DownloadingTemplateImageHandler,
+        source: GlanceSource,
+        access: GlanceAccess,
+        *,
+        mountpoint: Path,
+        view: str,
+        keeper_pid: int,
+        check_deadline_s: float,
+        counters: FetchCounters,
+    ) -> None:
+        self._catalog = catalog
+        self._gate = gate
+        self._handler = handler
+        self._source = source
+        self._access = access
+        self._mountpoint = mountpoint
+        self._view = view
+        self._keeper_pid = keeper_pid
+        self._check_deadline_s = check_deadline_s
+        self._counters = counters
+        self._started_at = trio.current_time()
+        self.operations: Operations | None = None
+        self.state = "starting"
+
+    def status(self) -> dict[str, Any]:
+        """See `ServiceView.status`."""
+        entries = self._catalog.entries()
+        contact = self._access.contact
+        refused = sum(1 for entry in entries if self._gate.verdict(entry).state == "refused")
+        return {
+            "mountpoint": str(self._mountpoint),
+            "state": self.state,
+            "keeper_pid": self._keeper_pid,
+            "server_pid": os.getpid(),
+            "uptime_s": math.floor(trio.current_time() - self._started_at),
+            "handler": self._handler.name,
+            "view": self._view,
+            "images": len(entries),
+            "images_refused": refused,
+            "images_in_use": sum(1 for entry in entries if self._handler.open_handles(entry)),
+            "open_handles": sum(self._handler.open_handles(entry) for entry in entries),
+            "fetched_bytes": self._source.received_bytes,
+            "fetch_requests": self._source.requests,
+            "cache_bytes": sum(entry.local.cached_bytes for entry in entries),
+            "damaged_chunks": self._counters.damaged_chunks,
+            "glance_reachable": contact.reachable,
+            "glance_error": contact.error,
+            "glance_error_at": contact.error_at,
+            "catalog_refreshed_at": self._catalog.refreshed_at,
+            "fuse_requests": self._fuse_requests(),
+        }
+
+    def _fuse_requests(self) -> dict[str, int]:
+        if self.operations is None:
+            return {}
+        counts = dict(self.operations.requests)
+        counts["read"] = counts.get("read", 0) + self.operations.hits
+        return counts
+
+    def images(self) -> list[dict[str, Any]]:
+        """See `ServiceView.images`."""
+        return [self.report(entry) for entry in self._catalog.entries()]
+
+    def image(self, ref: str) -> dict[str, Any]:
+        """See `ServiceView.image`."""
+        return self.report(self._catalog.find(ref))
+
+    def report(self, entry: ImageEntry) -> dict[str, Any]:
+        """Everything about one image."""
+        return image_report(entry, self._gate, self._handler, self._view)
+
+    async def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
+        """See `ServiceView.warm`."""
+        entry = await self._warmable(ref)
+        async with self._handler.warmer.hold(entry) as warming:
+            while not warming.done.is_set():
+                yield self._progress(entry)
+                with trio.move_on_after(PROGRESS_INTERVAL_S):
+                    await warming.done.wait()
+            if warming.error is not None:
+                yield self._progress(entry) | {"state": "failed", "error": str(warming.error)}
+            else:
+                yield self._progress(entry) | {"state": "complete"}
+
+    async def start_warm(self, ref: str) -> dict[str, Any]:
+        """See `ServiceView.start_warm`."""
+        entry = await self._warmable(ref)
+        self._handler.warmer.keep(entry)
+        return self._progress(entry)
+
+    async def _warmable(self, ref: str) -> ImageEntry:
+        entry = self._catalog.find(ref)
+        await self._gate.let_through(entry, deadline_s=self._check_deadline_s)
+        if entry.local.used_at_ns is None:
+            entry.local.used_at_ns = time.time_ns()
+            self._catalog.touch(entry)
+        return entry
+
+    def _progress(self, entry: ImageEntry) -> dict[str, Any]:
+        report = self.report(entry)
+        return {
+            "image_id": entry.image_id,
+            **{key: report[key] for key in ("base_name", "cached_bytes", "size", "fetched_bytes", "state")},
+        }
+
+    async def evict(self, ref: str) -> dict[str, Any]:
+        """See `ServiceView.evict`."""
+        entry = self._catalog.find(ref)
+        handles = self._handler.open_handles(entry)
+        if handles:
+            raise errors.ImageBusyError(f"image {entry.image_id} is open ({handles} handles); its bytes are kept")
+        entry.local.used_at_ns = entry.local.mtime_ns = entry.local.atime_ns = None
+        return {"image_id": entry.image_id, "evicted_bytes": await self._handler.remove_image(entry)}

@@ -1,0 +1,88 @@
+"""A source that serves images from memory and misbehaves on command; passes the contract suite of ImageSource."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from basefs import errors
+from basefs.sources.base import Deliver, Digest, ProbeResult
+
+
+@dataclass
+class MemorySource:
+    images: dict[str, bytes]
+    ranged: bool = True
+    requests: int = 0
+    received_bytes: int = 0
+    calls: list[tuple[str, int, int]] = field(default_factory=list)
+    faults: list[errors.BasefsError | None] = field(default_factory=list)
+    """Popped per request: raised after `fault_after_pieces` pieces were delivered."""
+    fault_after_pieces: int = 0
+    hold: trio.Event | None = None
+    """While set, requests wait for it before the first byte."""
+    in_thread: bool = True
+    before_piece: Callable[[int], None] | None = None
+
+    def _data(self, image_id: str) -> bytes:
+        try:
+            return self.images[image_id]
+        except KeyError:
+            raise errors.ImageNotFoundError(f"no image {image_id}") from None
+
+    async def probe(self, image_id: str, *, size: int, header_bytes: int) -> ProbeResult:
+        self.requests += 1
+        data = self._data(image_id)
+        self._raise_next()
+        kind = "ranged" if self.ranged else "streamed"
+        return ProbeResult(kind=kind, reason="memory", header=data[: min(size, header_bytes)])
+
+    def _raise_next(self) -> None:
+        fault = self.faults.pop(0) if self.faults else None
+        if fault is not None:
+            raise fault
+
+    async def fetch_range(
+        self, image_id: str, *, size: int, offset: int, length: int, piece_bytes: int, deliver: Deliver
+    ) -> None:
+        self.requests += 1
+        self.calls.append(("range", offset, length))
+        data = self._data(image_id)
+        if self.hold is not None:
+            await self.hold.wait()
+        if not self.ranged:
+            raise errors.RangeNotHonouredError("memory says 400")
+        fault = self.faults.pop(0) if self.faults else None
+        assert offset + length <= len(data) == size
+        await trio.to_thread.run_sync(
+            self._deliver, data[offset : offset + length], offset, piece_bytes, fault, deliver
+        )
+
+    async def fetch_stream(
+        self, image_id: str, *, size: int, piece_bytes: int, digest: Digest | None, deliver: Deliver
+    ) -> None:
+        self.requests += 1
+        self.calls.append(("stream", 0, size))
+        data = self._data(image_id)
+        if self.hold is not None:
+            await self.hold.wait()
+        fault = self.faults.pop(0) if self.faults else None
+        whole = await trio.to_thread.run_sync(self._deliver, data, 0, piece_bytes, fault, deliver)
+        if whole and digest is not None and hashlib.new(digest.algorithm, data).hexdigest() != digest.value:
+            raise errors.SourceCorruptError("hash is wrong")
+
+    def _deliver(
+        self, data: bytes, offset: int, piece_bytes: int, fault: errors.BasefsError | None, deliver: Deliver
+    ) -> bool:
+        starts = range(0, len(data), piece_bytes)
+        for at, start in enumerate(starts):
+            if fault is not None and at == min(self.fault_after_pieces, len(starts) - 1):
+                raise fault
+            piece = data[start : start + piece_bytes]
+            if self.before_piece is not None:
+                self.before_piece(offset + start)
+            self.received_bytes += len(piece)
+            if not deliver(offset + start, piece):
+                return False
+        return True
