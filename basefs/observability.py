@@ -4,6 +4,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 from oslo_config import cfg
 from oslo_log import log as oslo_log
@@ -20,6 +21,8 @@ QUIET_LIBRARIES = [
     "hypercorn=WARNING",
     "stevedore=WARNING",
 ]
+LOG_NAME = "basefs.log"
+"""In log_dir, when log_file is not set."""
 LINE_FORMAT = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(name)s %(message)s"
 """The same for the server (here) and the keeper (which knows the standard library only)."""
 
@@ -36,8 +39,16 @@ def set_up_logging(conf: cfg.ConfigOpts, *, is_command: bool = False) -> None:
         conf.set_default("default_log_levels", QUIET_LIBRARIES)
         for name in ("logging_context_format_string", "logging_default_format_string"):
             conf.set_default(name, LINE_FORMAT)
+        conf.set_default("log_file", LOG_NAME if conf.log_dir else None)
         oslo_log.setup(conf, "basefs")
     mask_secrets(logging.getLogger())
+
+
+def log_file_of(conf: cfg.ConfigOpts) -> Path | None:
+    """The file that [DEFAULT] log_file and log_dir name, or None."""
+    if not conf.log_file and not conf.log_dir:
+        return None
+    return Path(conf.log_dir or "/", conf.log_file or LOG_NAME)
 
 
 def mask_secrets(logger: logging.Logger) -> None:

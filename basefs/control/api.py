@@ -18,7 +18,9 @@ class ServiceView(Protocol):
     """
 
     def status(self) -> dict[str, Any]:
-        """What `basefs status` shows. At least `mountpoint`, `state`, `keeper_pid`, `server_pid`, `images`,
+        """What `basefs status` shows.
+
+        At least `mountpoint`, `state`, `keeper_pid`, `server_pid`, `images`,
         `fetched_bytes`, `fetch_requests`, `cache_bytes`, `glance_reachable`.
         """
         ...
@@ -28,7 +30,9 @@ class ServiceView(Protocol):
         ...
 
     def image(self, ref: str) -> dict[str, Any]:
-        """One image. At least `id`, `name`, `base_name`, `disk_format`, `view`, `size`, `cached_bytes`,
+        """One image.
+
+        At least `id`, `name`, `base_name`, `disk_format`, `view`, `size`, `cached_bytes`,
         `fetched_bytes`, `state`, `handler`, `source`, `open_handles`, `refused_reason`.
         """
         ...

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -58,7 +58,7 @@ class ControlClient:
         """Have the server fetch the image, whatever becomes of this process."""
         return self._object("POST", _image_path(ref) + "/warm", wait="false")
 
-    def warm(self, ref: str) -> Iterator[dict[str, Any]]:
+    def warm(self, ref: str) -> Generator[dict[str, Any], None, None]:
         """Progress of fetching the image; closing the iterator gives up the wish for it."""
         timeout = httpx.Timeout(PROGRESS_DEADLINE_S, connect=CONNECT_DEADLINE_S)
         path = _image_path(ref) + "/warm"

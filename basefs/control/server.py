@@ -156,8 +156,6 @@ class _ProgressResponse(Response):
     An error before the first item is the whole answer; a later one becomes a last line with the state `failed`.
     """
 
-    media_type = "application/x-ndjson"
-
     def __init__(self, progress: AsyncGenerator[dict[str, Any], None]) -> None:
         super().__init__()
         self._progress = progress
