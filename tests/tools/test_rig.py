@@ -37,6 +37,18 @@ def test_clones_are_images_with_bytes_of_their_own_id(rig: Rig) -> None:
         assert rig.api().call("GET", f"/v2/images/{image_id}/file")[1] == b"bytes of all"
 
 
+def test_a_placed_file_is_an_image_that_was_never_sent(rig: Rig, tmp_path: Path) -> None:
+    source = tmp_path / "sparse"
+    with open(source, "wb") as out:
+        out.truncate(1 << 30)
+        os.pwrite(out.fileno(), b"far", (1 << 30) - 3)
+    image_id = rig.place(source, "placed")
+    assert rig.api().get(image_id)["size"] == 1 << 30
+    last = {"Range": f"bytes={(1 << 30) - 4}-"}
+    assert rig.api().call("GET", f"/v2/images/{image_id}/file", headers=last)[1] == b"\0far"
+    assert os.stat(rig.data_path(image_id)).st_blocks * 512 < 1 << 20
+
+
 def test_a_request_is_in_the_log_before_its_answer_is(rig: Rig) -> None:
     image_id = rig.upload(b"0123456789", "logged")
     rig.api().call("GET", f"/v2/images/{image_id}/file", headers={"Range": "bytes=2-4"})

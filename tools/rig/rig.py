@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
@@ -212,6 +213,18 @@ class Rig:
             _copy_rows(db, "images", "id", image_id, [{"id": new, "name": f"-{n}"} for n, new in enumerate(ids)])
             _copy_rows(db, "image_locations", "image_id", image_id, [{"id": None, "image_id": new} for new in ids])
         return ids
+
+    def place(self, source: str | os.PathLike[str], name: str, disk_format: str = "raw", **props: Any) -> str:
+        """As `upload` of a large sparse file, without sending it: seconds instead of a minute; it has no hashes."""
+        image_id = self.upload(b"\0", name, disk_format, **props)
+        subprocess.run(["cp", "--sparse=always", str(source), self.data_path(image_id)], check=True)
+        with contextlib.closing(sqlite3.connect(self.directory + "/glance.sqlite", timeout=60)) as db, db:
+            db.execute(
+                "UPDATE images SET size = ?, virtual_size = ?, checksum = NULL, os_hash_algo = NULL,"
+                " os_hash_value = NULL WHERE id = ?",
+                (os.stat(source).st_size, os.stat(source).st_size, image_id),
+            )
+        return image_id
 
     def data_path(self, image_id: str) -> str:
         """Return the file that holds an uploaded image's bytes, to damage it."""

@@ -16,6 +16,7 @@ sqlite_synchronous = false
 default_backend = fs
 [fs]
 filesystem_store_datadir = {d}/glance/images
+filesystem_thin_provisioning = true
 [web]
 https_insecure = true
 [import_filtering_opts]
