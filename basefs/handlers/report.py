@@ -1,0 +1,50 @@
+"""What operators are told of an image: the same words in `status.json`, xattrs, and the commands."""
+
+from typing import Any, Literal
+
+from basefs.catalog.records import ImageEntry
+from basefs.handlers.base import TemplateImageHandler
+from basefs.handlers.gate import ServableGate
+
+ImageState = Literal["refused", "unchecked", "cold", "partial", "warming", "complete"]
+
+
+def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler) -> ImageState:
+    """One word for where the image stands on this node.
+
+    `cold`: nothing here but perhaps the header; `partial`: some was read; `complete`: every byte is here.
+    """
+    verdict = gate.verdict(entry)
+    if verdict.state == "refused":
+        return "refused"
+    if handler.is_warming(entry):
+        return "warming"
+    if entry.size and entry.local.cached_bytes == entry.size:
+        return "complete"
+    if verdict.state == "unchecked":
+        return "unchecked"
+    return "partial" if entry.local.used_at_ns is not None else "cold"
+
+
+def image_report(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler, view: str) -> dict[str, Any]:
+    """Everything about one image, as JSON values. Holds no secret."""
+    record, local = entry.record, entry.local
+    verdict = gate.verdict(entry)
+    return {
+        "id": entry.image_id,
+        "name": record.name,
+        "base_name": entry.base_name,
+        "status": "deleted" if entry.is_gone else record.status,
+        "visibility": record.visibility,
+        "disk_format": record.disk_format,
+        "view": view,
+        "size": record.size,
+        "cached_bytes": local.cached_bytes,
+        "fetched_bytes": local.fetched_bytes,
+        "state": image_state(entry, gate, handler),
+        "handler": handler.name,
+        "source": local.source_kind,
+        "source_reason": local.source_reason,
+        "open_handles": handler.open_handles(entry),
+        "refused_reason": verdict.reason if verdict.state == "refused" else None,
+    }
