@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench import replay
+from tools.bench.nova_process import Nova
 from tools.bench.report import Report
 from tools.guest import build
 from tools.mount import ROOT, BasefsMount
@@ -18,7 +19,6 @@ from tools.mount import ROOT, BasefsMount
 GIB = 1 << 30
 BALLAST_BYTES = 4 * GIB
 RATE = "1gbit"
-NOVA_TIMEOUT_S = 900.0
 
 
 def _run(*argv: str) -> None:
@@ -68,35 +68,18 @@ def image_with_ballast(scratch: Path) -> Path:
     _run("cp", "--sparse=always", str(build().disk), str(path))
     block = os.urandom(16 << 20)
     with open(path, "ab") as out:
-        for _ in range(BALLAST_BYTES // len(block)):
-            out.write(block)
+        out.writelines(block for _ in range(BALLAST_BYTES // len(block)))
     return path
 
 
 def nova_download_s(instances: Path, glance: dict[str, Any]) -> float:
     """Return the seconds that nova takes until the base is ready: its own LibvirtDriver.cache_image, nova 34."""
     (instances / "_base").mkdir(parents=True)
-    commands = [
-        {
-            "command": "configure",
-            "instances_path": str(instances),
-            "glance_url": glance["glance_url"],
-            "token": glance["token"],
-        },
-        {"command": "precache", "image_ids": [glance["image_id"]]},
-    ]
-    argv = [str(ROOT / ".venvs/nova34/bin/python"), str(ROOT / "tests/nova/nova_driver.py")]
-    done = subprocess.run(
-        argv,
-        input="".join(json.dumps(command) + "\n" for command in commands),
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=NOVA_TIMEOUT_S,
-        check=True,
-    )
-    answer = json.loads(done.stdout.splitlines()[-1])
-    if not answer["ok"] or answer["result"] != {glance["image_id"]: True}:
+    where = {"instances_path": str(instances), "glance_url": glance["glance_url"], "token": glance["token"]}
+    with Nova("nova34") as nova:
+        nova.run("configure", **where)
+        answer = nova.run("precache", image_ids=[glance["image_id"]])
+    if answer["result"] != {glance["image_id"]: True}:
         raise RuntimeError(f"nova did not download: {answer}")
     return float(answer["seconds"])
 

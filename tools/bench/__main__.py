@@ -1,0 +1,39 @@
+"""python -m tools.bench [NAME ...]: runs the parts named, or all; fails when a bound is missed."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tools.bench import boot, cached, link, nova_boot, scale
+from tools.bench.report import Report
+from tools.mount import ROOT
+
+PARTS: dict[str, Callable[[Report, Path], None]] = {
+    "boot": boot.run,
+    "link": link.run,
+    "cached": cached.run,
+    "scale": scale.run,
+    "nova": nova_boot.run,
+}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(PARTS)
+    if unknown := set(names) - set(PARTS):
+        sys.exit(f"no part named {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    report = Report()
+    scratch_root = ROOT / ".cache" / "bench"
+    scratch_root.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=scratch_root))
+        try:
+            PARTS[name](report, scratch)
+        finally:
+            shutil.rmtree(scratch)
+    if not report.summary():
+        sys.exit(1)
+
+
+main()
