@@ -52,6 +52,20 @@ def keeper_of(mountpoint: str | os.PathLike[str]) -> int | None:
     return None
 
 
+def fds_on_path(pid: int, path: str, *, but_not_on: Mount) -> list[str]:
+    """`/proc/<pid>/fd/<n>` of the process's fds on that path that are not of the mount: what lies under it."""
+    base = f"/proc/{pid}"
+    try:
+        fds = os.listdir(f"{base}/fd")
+    except OSError:
+        return []
+    return [
+        f"{base}/fd/{fd}"
+        for fd in fds
+        if _readlink(f"{base}/fd/{fd}") == path and _mount_id_of(f"{base}/fdinfo/{fd}") != but_not_on.mount_id
+    ]
+
+
 def is_running(pid: int) -> bool:
     """True while the process exists and is no zombie."""
     try:
