@@ -203,7 +203,7 @@ class GlanceSource:
         if status == http.HTTPStatus.NO_CONTENT:
             # What Glance says when the data are gone from the store, or not there yet.
             return errors.SourceCorruptError(f"{what}: Glance answered 204: it has no data of this image")
-        if response.ok:
+        if status < http.HTTPStatus.MULTIPLE_CHOICES:
             return errors.SourceCorruptError(f"{what}: Glance answered {status}")
         with translated(what):
             page = response.raw.read(_ERROR_PAGE_BYTES_MAX, decode_content=False)

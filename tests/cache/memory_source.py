@@ -36,7 +36,9 @@ class MemorySource:
         data = self._data(image_id)
         self._raise_next()
         kind = "ranged" if self.ranged else "streamed"
-        return ProbeResult(kind=kind, reason="memory", header=data[: min(size, header_bytes)])
+        header = data[: min(size, header_bytes)]
+        self.received_bytes += len(header)
+        return ProbeResult(kind=kind, reason="memory", header=header)
 
     def _raise_next(self) -> None:
         fault = self.faults.pop(0) if self.faults else None
@@ -70,7 +72,7 @@ class MemorySource:
         fault = self.faults.pop(0) if self.faults else None
         whole = await trio.to_thread.run_sync(self._deliver, data, 0, piece_bytes, fault, deliver)
         if whole and digest is not None and hashlib.new(digest.algorithm, data).hexdigest() != digest.value:
-            raise errors.SourceCorruptError("hash is wrong")
+            raise errors.SourceCorruptError(f"hash is wrong: {digest.algorithm}")
 
     def _deliver(
         self, data: bytes, offset: int, piece_bytes: int, fault: errors.BasefsError | None, deliver: Deliver
@@ -79,6 +81,7 @@ class MemorySource:
         for at, start in enumerate(starts):
             if fault is not None and at == min(self.fault_after_pieces, len(starts) - 1):
                 raise fault
+            trio.from_thread.check_cancelled()
             piece = data[start : start + piece_bytes]
             if self.before_piece is not None:
                 self.before_piece(offset + start)

@@ -90,6 +90,8 @@ class MisbehavingFront:
         """Tokens that are good; None: all, and none is needed."""
         self.extra_routes: dict[str, Route] = {}
         """Path prefixes answered by somebody else (a fake Keystone)."""
+        self.connections = 0
+        """How many were made so far."""
         self._state = _State()
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -207,6 +209,7 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def process_request(self, request: socket.socket, client_address: object) -> None:
+        self.front.connections += 1
         self._open.add(request)
         super().process_request(request, client_address)
 
