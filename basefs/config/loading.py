@@ -63,11 +63,13 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
 
 def _register_auth(conf: cfg.ConfigOpts, paths: list[str], entries: list[Entry]) -> str:
     """Make the options of the chosen auth plugin known; the section they are read from."""
-    glance = conf[GLANCE_SECTION]
-    section: str = glance.auth_section or GLANCE_SECTION
-    if section != GLANCE_SECTION:
-        conf.register_opts(loading.get_auth_common_conf_options(), group=section)
-    auth_type = conf[section].auth_type
+    try:
+        section: str = conf[GLANCE_SECTION].auth_section or GLANCE_SECTION
+        if section != GLANCE_SECTION:
+            conf.register_opts(loading.get_auth_common_conf_options(), group=section)
+        auth_type = conf[section].auth_type
+    except cfg.Error:
+        raise ConfigError("[glance] auth_type, auth_section: a $ must be written $$") from None
     if not auth_type:
         read = ", ".join(paths) or f"no configuration file ({DEFAULT_CONFIG_FILE} is missing; give --config-file)"
         raise ConfigError(
@@ -136,11 +138,15 @@ def _check_values(conf: cfg.ConfigOpts, entries: list[Entry]) -> None:
     problems = []
     for section, opt in _registered(conf):
         try:
-            conf[opt.dest] if section == "DEFAULT" else conf[section][opt.dest]
-        except cfg.TemplateSubstitutionError:
-            problems.append(f"{_place(entries, section, opt.dest)}: a $ must be written $$")
+            value = conf[opt.dest] if section == "DEFAULT" else conf[section][opt.dest]
+            # `name =` makes a number None, and NaN is neither below a minimum nor above a maximum.
+            if section == "basefs" and ((value is None and opt.default is not None) or value != value):
+                problems.append(f"{_place(entries, section, opt.dest)}: is no value")
         except ValueError as exc:
             problems.append(f"{_place(entries, section, opt.dest)}: {_value_problem(section, opt, exc)}")
+        except cfg.Error:
+            # $name of no option; the name is not shown, it may be part of a password.
+            problems.append(f"{_place(entries, section, opt.dest)}: a $ must be written $$")
     if problems:
         raise ConfigError("; ".join(problems))
 
