@@ -12,7 +12,7 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 INSTANCES = Path("/var/lib/nova/instances")
@@ -51,6 +51,11 @@ for directory in /etc/libvirt /run /var/lib /var/log /var/cache; do
     mount -t tmpfs -o mode=755 tmpfs $directory
 done
 umount --recursive --lazy /sys/fs/cgroup
+if [ -e /dev/kvm ]; then    # that only root may use it as here makes libvirt probe qemu a dozen times a definition
+    cp --archive /dev/kvm /run/kvm
+    chmod 666 /run/kvm
+    mount --bind /run/kvm /dev/kvm
+fi
 mkdir -p /run/lock /var/log/libvirt /var/cache/libvirt /var/lib/libvirt {INSTANCES}
 mount --rbind "$INSTANCES" {INSTANCES}
 add() {{
@@ -124,9 +129,13 @@ class Libvirt:
 
     def stop(self) -> None:
         """Ends the daemon as `systemctl stop` does; its domains go on running."""
-        assert self._daemon is not None
         self.run("sh", "-c", f"kill -TERM $(cat {_PID_FILE})")
-        self._daemon.wait(COMMAND_DEADLINE_S)
+        self.wait_for_end()
+
+    def wait_for_end(self) -> None:
+        """Returns when the daemon has ended, by `stop` or with its namespaces."""
+        if self._daemon is not None:
+            self._daemon.wait(COMMAND_DEADLINE_S)
 
     def _inside(self, *command: str) -> list[str]:
         return ["nsenter", "--target", str(self._namespace_pid), "--mount", "--net", "--pid", "--", *command]
@@ -148,16 +157,17 @@ def libvirtd(instances: Path) -> Iterator[Libvirt]:
     )
     assert holder.stdin is not None
     assert holder.stdout is not None
-    try:
+    with ExitStack() as undo:
+        undo.callback(holder.wait, COMMAND_DEADLINE_S)
+        undo.callback(holder.stdout.close)
+        undo.callback(holder.stdin.close)
         if holder.stdout.readline() != b"ready\n":
             raise CommandFailedError("the namespaces could not be set up")
         libvirt = Libvirt(_only_child(holder.pid), instances)
+        undo.callback(libvirt.wait_for_end)
+        undo.callback(holder.stdin.close)
         libvirt.start()
         yield libvirt
-    finally:
-        holder.stdin.close()
-        holder.stdout.close()
-        holder.wait(COMMAND_DEADLINE_S)
 
 
 def _only_child(pid: int) -> int:

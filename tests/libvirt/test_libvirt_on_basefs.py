@@ -59,7 +59,7 @@ def test_qemu_runs_in_its_own_mount_namespace_and_holds_the_base_read_only_direc
     fds = domain.libvirt.run("find", f"{process}/fd", "-lname", str(domain.base)).split()
     assert len(fds) == 1
     info = domain.libvirt.run("cat", f"{process}/fdinfo/{os.path.basename(fds[0])}")
-    flags = int(re.search(r"flags:\s+(\d+)", info)[1], 8)
+    flags = int(dict(line.split(None, 1) for line in info.splitlines())["flags:"], 8)
     assert flags & os.O_ACCMODE == os.O_RDONLY
     assert flags & os.O_DIRECT
     locks = re.findall(r"OFDLCK\s+ADVISORY\s+READ .* (\d+) \d+$", info, re.MULTILINE)
@@ -166,7 +166,6 @@ def test_block_statistics_show_the_size_of_the_base(domain: Domain, base: Base) 
     (backing,) = (key.removesuffix(".path") for key, value in values.items() if value == str(domain.base))
     assert int(values[f"{backing}.capacity"]) == capacity
     assert int(values[f"{backing}.physical"]) == size
-    assert int(values[f"{backing}.rd.bytes"]) >= size // 512 // 64 * 64 * 512
 
 
 def test_a_deleted_instance_leaves_the_base_as_it_was(domain: Domain, base: Base) -> None:
