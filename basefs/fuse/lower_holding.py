@@ -7,10 +7,11 @@ import pyfuse3
 import trio
 
 from basefs import errors
+from basefs.core.inodes import LOWER, is_lower
 from basefs.fuse.lower_attributes import entry_attributes
 from basefs.fuse.lower_calls import LowerCalls, in_our_words
 from basefs.fuse.lower_disk import close_all, find_inode
-from basefs.fuse.lower_inodes import LOWER_BIT, InodeTable, LowerNode
+from basefs.fuse.lower_inodes import InodeTable, LowerNode
 
 # A search after a restart looks at this many directory entries, about a second of a local disk.
 _SEARCH_ENTRIES_MAX = 200_000
@@ -39,7 +40,7 @@ class LowerInodes:
 
     async def _find_again(self, inode: int) -> LowerNode:
         """Searches the tree, one search at a time. The node's count stays 0: the kernel's own is not known."""
-        if not inode & LOWER_BIT:
+        if not is_lower(inode):
             raise errors.NoSuchEntryError(f"inode {inode} is not in the lower directory")
         async with self._searching:
             node = self.table.find(inode)
@@ -47,7 +48,7 @@ class LowerInodes:
                 root = self.table.root
                 # Numbers with the highest bit set of their own are not told apart from those without: no file
                 # system in use gives them out.
-                fd, status = await self._calls.run(find_inode, root.fd, inode & ~LOWER_BIT, _SEARCH_ENTRIES_MAX)
+                fd, status = await self._calls.run(find_inode, root.fd, inode & ~LOWER, _SEARCH_ENTRIES_MAX)
                 node = self.adopt(fd, status, lookups=0)
             return node
 

@@ -11,8 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-ROOT = 1
-LOWER_BIT = 1 << 63
+from basefs.core.inodes import LOWER, ROOT
 
 
 class LowerNode:
@@ -56,7 +55,7 @@ class InodeTable:
 
     def number(self, status: os.stat_result) -> int:
         """The inode number shown for a lower file; the same in every server."""
-        return ROOT if (status.st_dev, status.st_ino) == self.root.identity else LOWER_BIT | status.st_ino
+        return ROOT if (status.st_dev, status.st_ino) == self.root.identity else LOWER | status.st_ino
 
     def find(self, inode: int) -> LowerNode | None:
         """The node, if the kernel was told of it in this server's life."""

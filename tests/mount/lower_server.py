@@ -120,12 +120,12 @@ class LowerOnly(pyfuse3.Operations):
 
     async def open(self, inode, flags, ctx):
         with ANSWERS:
-            return pyfuse3.FileInfo(fh=await self.tree.open(inode, flags), keep_cache=False)
+            return pyfuse3.FileInfo(fh=await self.tree.open(inode, flags), keep_cache=True)
 
     async def create(self, parent_inode, name, mode, flags, ctx):
         with ANSWERS:
             handle, entry = await self.tree.create(parent_inode, name, mode, flags, ctx)
-            return pyfuse3.FileInfo(fh=handle, keep_cache=False), entry
+            return pyfuse3.FileInfo(fh=handle, keep_cache=True), entry
 
     async def read(self, fh, off, size) -> Any:
         with ANSWERS:
