@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ class ControlClient:
         )
 
     def __enter__(self) -> Self:
+        self._check_connection()
         return self
 
     def __exit__(
@@ -106,27 +108,35 @@ class ControlClient:
 
     def _unreachable(self, exc: httpx.HTTPError) -> ControlError:
         if isinstance(exc, httpx.ConnectTimeout | httpx.ReadTimeout | httpx.WriteTimeout):
-            return ControlError(
-                f"basefs does not answer on {self._path} within {self._deadline_s:g} s: its server hangs; see its log"
-            )
-        if isinstance(exc, httpx.ConnectError):
-            return self._no_connection()
+            return self._hangs()
         return ControlError(f"basefs ended the connection on {self._path}: its server died or was stopped; see its log")
 
-    def _no_connection(self) -> ControlError:
-        try:
-            exists = self._path.is_socket()
-        except PermissionError:
-            exists = True
-        if not exists:
-            return ControlError(
-                f"basefs is not running: no control socket at {self._path}; start it with `basefs mount --background`"
-            )
-        if not _may_connect(self._path):
-            return ControlError(f"permission denied on the control socket {self._path}: run the command as its owner")
+    def _check_connection(self) -> None:
+        """Find out why nobody can be reached; httpx would say only that, and leave its socket to the collector."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(CONNECT_DEADLINE_S)
+            try:
+                probe.connect(os.fspath(self._path))
+            except (FileNotFoundError, NotADirectoryError):
+                raise ControlError(
+                    f"basefs is not running: no control socket at {self._path}; start it with "
+                    "`basefs mount --background`"
+                ) from None
+            except PermissionError:
+                raise ControlError(
+                    f"permission denied on the control socket {self._path}: run the command as its owner, root"
+                ) from None
+            except TimeoutError:
+                raise self._hangs() from None
+            except OSError as exc:
+                raise ControlError(
+                    f"nobody answers on the control socket {self._path} ({exc.strerror}): the server died or is being "
+                    "started again; see `basefs doctor`"
+                ) from None
+
+    def _hangs(self) -> ControlError:
         return ControlError(
-            f"nobody answers on the control socket {self._path}: the server died or is being started again; "
-            "see `basefs doctor`"
+            f"basefs does not answer on {self._path} within {self._deadline_s:g} s: its server hangs; see its log"
         )
 
     def _strange(self) -> ControlError:
@@ -135,7 +145,3 @@ class ControlClient:
 
 def _image_path(ref: str) -> str:
     return "/images/" + quote(ref, safe="")
-
-
-def _may_connect(path: Path) -> bool:
-    return os.access(path, os.R_OK | os.W_OK)

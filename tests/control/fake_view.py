@@ -1,0 +1,67 @@
+"""A ServiceView of a few images whose warming is stepped by the test."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import trio
+
+from basefs import errors
+
+SIZE = 1000
+
+
+class FakeView:
+    """Images `one` (whose name two images have), `a/b`, `open`, `strange`, `away`; `holds` counts warm wishes."""
+
+    def __init__(self) -> None:
+        self.holds = 0
+        self.kept: list[str] = []
+        self.released = trio.Event()
+        self.steps_send, self._steps = trio.open_memory_channel[int | Exception](100)
+
+    def status(self) -> dict[str, Any]:
+        return {"mountpoint": "/base", "state": "serving", "images": 2, "fetched_bytes": 2048}
+
+    def images(self) -> list[dict[str, Any]]:
+        return [self.image("one"), self.image("a/b")]
+
+    def image(self, ref: str) -> dict[str, Any]:
+        if ref == "twice":
+            raise errors.AmbiguousImageError("twice fits 1 and 2")
+        if ref not in {"one", "a/b", "open", "away", "bug"}:
+            raise errors.ImageNotFoundError(f"no image {ref!r}")
+        return {"id": ref, "name": f"name of {ref}", "size": SIZE, "cached_bytes": 0, "state": "cold"}
+
+    def _progress(self, ref: str, cached: int, state: str = "warming") -> dict[str, Any]:
+        return {"image_id": ref, "base_name": "x", "cached_bytes": cached, "size": SIZE, "state": state}
+
+    async def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
+        self.image(ref)
+        if ref == "away":
+            raise errors.SourceUnavailableError("Glance is away")
+        self.holds += 1
+        try:
+            yield self._progress(ref, 0)
+            while True:
+                step = await self._steps.receive()
+                if isinstance(step, Exception):
+                    raise step
+                yield self._progress(ref, step, "complete" if step == SIZE else "warming")
+                if step == SIZE:
+                    return
+        finally:
+            self.holds -= 1
+            self.released.set()
+
+    async def start_warm(self, ref: str) -> dict[str, Any]:
+        self.image(ref)
+        self.kept.append(ref)
+        return self._progress(ref, 500)
+
+    async def evict(self, ref: str) -> dict[str, Any]:
+        if ref == "open":
+            raise errors.ImageBusyError("image open is open")
+        if ref == "bug":
+            raise ZeroDivisionError
+        self.image(ref)
+        return {"evicted_bytes": 4096}
