@@ -9,7 +9,7 @@ byte and on its place, so a wrong byte shows.
 import math
 import random
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SECTOR_BYTES = 512
 BLOCK_SECTORS = 64
@@ -94,7 +94,7 @@ class BootableImage:
         written_sector: The sector that each pass overwrites, not among those it reads.
     """
 
-    content: bytes
+    content: bytes = field(repr=False)
     pass_hash: int
     written_sector: int
 

@@ -10,6 +10,7 @@ import pytest
 from tests.libvirt.boot_sector import BootableImage, bootable_image
 from tests.libvirt.domain import Domain
 from tests.libvirt.libvirtd import Libvirt, libvirtd
+from tests.qemu.shared_mount import shared_mount
 from tools.mount import BasefsMount
 from tools.rig import Rig
 
@@ -30,12 +31,8 @@ class Base:
 @pytest.fixture(scope="package")
 def mount(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BasefsMount]:
     """One mount for the folder: nothing here does harm to it."""
-    mounted = BasefsMount(tmp_path_factory.mktemp("libvirt") / "basefs", rig.conf_lines(), None)
-    mounted.start()
-    try:
+    with shared_mount(tmp_path_factory.mktemp("libvirt") / "basefs", rig) as mounted:
         yield mounted
-    finally:
-        mounted.stop()
 
 
 @pytest.fixture(scope="package")
