@@ -89,9 +89,9 @@ class Compute:
         self._driver._create_image(self._context, instance, disk_info["mapping"], suffix=".rescue", disk_images=images)
         return self._outcome(instance)
 
-    def do_unshelve(self, *, uuid: str, image_id: str, snapshot_id: str) -> dict[str, Any]:
+    def do_unshelve(self, *, uuid: str, image_id: str, snapshot_id: str, root_gb: int = 1) -> dict[str, Any]:
         """Spawn from a shelved instance's snapshot and rebase the disk onto the original image."""
-        instance = self._new_instance(uuid, snapshot_id, "qcow2", root_gb=1)
+        instance = self._new_instance(uuid, snapshot_id, "qcow2", root_gb=root_gb)
         instance.system_metadata["image_base_image_ref"] = image_id
         instance.vm_state = vm_states.SHELVED_OFFLOADED
         return self._create_image(instance)
