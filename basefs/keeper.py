@@ -306,7 +306,7 @@ class Keeper:
 
     def _answer_kernel(self, answer: bytes) -> None:
         try:
-            os.write(self._fuse_fd, answer)
+            os.write(self._fuse_fd, mounts.without_auto_invalidation(answer))
         except OSError as exc:
             raise _ServerFailedError(f"the kernel does not take the answer to FUSE_INIT: {exc.strerror}") from None
 

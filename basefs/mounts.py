@@ -19,6 +19,9 @@ from typing import Literal
 FUSE_TYPE = "fuse.basefs"
 FUSE_SOURCE = "basefs"
 
+# struct fuse_out_header (16 bytes), then major, minor, max_readahead, flags (include/uapi/linux/fuse.h)
+_INIT_FLAGS_AT = 28
+_FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
 """Written to /dev/fuse (Linux >= 6.9): hand out again the requests that were taken and not answered."""
 
@@ -102,6 +105,22 @@ def resolved(path: str | os.PathLike[str]) -> Path:
             done = "/"
         pending.extend(target.split("/")[::-1])
     return Path(done)
+
+
+def without_auto_invalidation(init_answer: bytes) -> bytes:
+    """libfuse's answer to FUSE_INIT, less FUSE_AUTO_INVAL_DATA, which pyfuse3 cannot turn off.
+
+    With it the kernel asks for the attributes before every read once they are a second old, and drops the answer
+    if an asynchronous read was completed meanwhile (fs/fuse/file.c: fuse_aio_complete): a guest with several reads
+    in flight then cost one GETATTR for every six READs (measured). Images never change; a lower file's page cache is
+    dropped at each open.
+    """
+    if len(init_answer) < _INIT_FLAGS_AT + 4:
+        return init_answer
+    (flags,) = struct.unpack_from("<I", init_answer, _INIT_FLAGS_AT)
+    changed = bytearray(init_answer)
+    struct.pack_into("<I", changed, _INIT_FLAGS_AT, flags & ~_FUSE_AUTO_INVAL_DATA)
+    return bytes(changed)
 
 
 def mount_fuse(fuse_fd: int, mountpoint: str, *, root_mode: int = 0o40000) -> None:

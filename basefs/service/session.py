@@ -50,5 +50,5 @@ async def serve_session(
 
 async def _main_then_cancel(scope: trio.CancelScope) -> None:
     """Ends when the session does."""
-    await pyfuse3.main(min_tasks=4, max_tasks=TASKS_MAX)
+    await pyfuse3.main(max_tasks=TASKS_MAX)
     scope.cancel()
