@@ -152,6 +152,14 @@ class BasefsMount:
         status: dict[str, Any] = json.loads(self.cli("status", "-f", "json").stdout)
         return status
 
+    def wait_for_images(self, count: int) -> None:
+        """Return when the catalog, which fills in the background, knows `count` images; MountError when it does not."""
+        deadline = time.monotonic() + MOUNT_TIMEOUT_S
+        while (known := self.status()["images"]) < count:
+            if time.monotonic() > deadline:
+                raise MountError(f"{known} of {count} images known after {MOUNT_TIMEOUT_S:.0f} s")
+            time.sleep(0.1)
+
     def image(self, reference: str) -> dict[str, Any]:
         """Return `basefs image show -f json` of an id, a base name or a unique image name."""
         image: dict[str, Any] = json.loads(self.cli("image", "show", reference, "-f", "json").stdout)
