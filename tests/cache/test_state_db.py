@@ -39,6 +39,12 @@ def record(image_id: str, **changes) -> ImageRecord:
     return ImageRecord(**{**values, **changes})
 
 
+async def until(condition) -> None:
+    """Let (mock) time pass until something that a thread does has come about."""
+    while not condition():
+        await trio.sleep(0.5)
+
+
 async def stored(path, numbers_from=0) -> dict[str, ImageEntry]:
     db = await StateDatabase.open(path, numbers_from=numbers_from)
     entries = await db.load()
@@ -181,8 +187,9 @@ async def test_touched_state_is_written_together_after_a_second(tmp_path, autoju
     flush = StateDatabase.flush
 
     async def counted(self):
-        writes.append((trio.current_time(), len(self._dirty)))
+        began_at, dirty = trio.current_time(), len(self._dirty)
         await flush(self)
+        writes.append((began_at, dirty))
 
     monkeypatch.setattr(StateDatabase, "flush", counted)
     nursery.start_soon(db.run)
@@ -191,11 +198,11 @@ async def test_touched_state_is_written_together_after_a_second(tmp_path, autoju
         entry = ImageEntry(number=number, base_name=base_name_of(image_id), record=record(image_id))
         db.touch(entry)
         await trio.sleep(0.1)
+    await until(lambda: writes)
     await trio.sleep(10)
     assert [(at - began_at, dirty) for at, dirty in writes] == [(pytest.approx(1.0, abs=0.01), 2)]
     db.touch(entry)
-    await trio.sleep(2)
-    assert len(writes) == 2
+    await until(lambda: len(writes) == 2)
     await db.close()
     nursery.cancel_scope.cancel()
 
@@ -213,12 +220,13 @@ async def test_a_disk_that_takes_nothing_costs_one_warning_and_no_state(
     entry.local.source_reason = "x" * 100_000
     db.touch(entry)
     nursery.start_soon(db.run)
+    await until(lambda: caplog.records)
     await trio.sleep(60)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     with pytest.raises(errors.CacheError, match="full"):
         await db.upsert([record("b", name="x" * 100_000)], {})
     await db._run(lambda: db._db.execute("PRAGMA max_page_count = 100000"))
-    await trio.sleep(60)
+    await until(lambda: len(caplog.records) > 1)
     assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
     assert await db.upsert([record("b")], {}) == {"b": 2}
     await db.close()
