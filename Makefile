@@ -8,10 +8,10 @@ TEST_ARGS ?=
 setup:
 	@tools/setup
 
-demo: setup
+demo: setup guest
 	@$(PYTHON) -m tools.demo
 
-test: setup
+test: setup guest
 	@$(PYTHON) -m pytest $(TEST_ARGS)
 
 check: setup
