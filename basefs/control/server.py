@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from basefs.control.api import API_PREFIX, ServiceView
 from basefs.errors import (
@@ -143,9 +143,17 @@ class _Bounded:
             refusal = JSONResponse({"error": f"{self._requests_max} commands are under way; try again"}, 503)
             await refusal(scope, receive, send)
             return
+
+        async def send_if_there(message: Message) -> None:
+            # hypercorn closes a connection while it is sending on it when the client goes away just then.
+            try:
+                await send(message)
+            except (trio.BusyResourceError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                log.debug("a client went away before its answer was sent: %s", exc)
+
         self._requests += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_if_there)
         finally:
             self._requests -= 1
 
