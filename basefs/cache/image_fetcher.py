@@ -94,8 +94,8 @@ class ImageFetcher:
         span = chunk_span(offset, length, self.chunk_bytes)
         unstored: dict[int, bytes] = {}
         while True:
-            for marker in self._ledger.touch_markers(span):
-                self._transfers.read_ahead(marker)
+            for marker, chunks in self._ledger.touch_markers(span):
+                self._transfers.read_ahead(marker, chunks)
             await self._verify(span)
             absent = [index for index in self._ledger.absent(span) if index not in unstored]
             if not absent:

@@ -20,7 +20,7 @@ class ChunkLedger:
         self.file = file
         self.size = size
         self.chunk_bytes = chunk_bytes
-        self._markers: set[int] = set()
+        self._markers: dict[int, int] = {}  # to the length of their window, in chunks
 
     @property
     def cached_bytes(self) -> int:
@@ -44,14 +44,14 @@ class ChunkLedger:
         chunks = window.chunks
         self.states[chunks.start : chunks.stop] = bytes([CLAIMED]) * len(chunks)
         if window.marker is not None:
-            self._markers.add(window.marker)
+            self._markers[window.marker] = len(chunks)
 
     def unclaim(self, chunks: range) -> list[int]:
         """A flight is over: its chunks that did not become READY are MISSING again, and returned."""
         lost = [index for index in chunks if self.states[index] == CLAIMED]
         for index in lost:
             self.states[index] = MISSING
-            self._markers.discard(index)
+            self._markers.pop(index, None)
         return lost
 
     def stored(self, index: int) -> None:
@@ -73,11 +73,10 @@ class ChunkLedger:
             if self.file is not None:
                 self.file.mark_not_ready(index)
 
-    def touch_markers(self, span: range) -> list[int]:
-        """The read-ahead markers in `span`, which are then unset."""
+    def touch_markers(self, span: range) -> list[tuple[int, int]]:
+        """The read-ahead markers in `span` and the lengths of their windows; they are then unset."""
         touched = [index for index in self._markers if index in span] if self._markers else []
         for index in touched:
-            self._markers.discard(index)
             if self.states[index] == READY and self.file is not None:
                 self.file.mark_ready(index)
-        return touched
+        return [(index, self._markers.pop(index)) for index in touched]

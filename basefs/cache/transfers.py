@@ -103,16 +103,16 @@ class ImageTransfers:
             self._ledger.claim(window)
             self._services.nursery.start_soon(self._fly, self._fly_demand, window.chunks)
 
-    def read_ahead(self, marker: int) -> None:
-        """A sequential reader has come to `marker`: have the next window fetched. Best effort."""
+    def read_ahead(self, marker: int, length: int) -> None:
+        """A reader has come to the marker of a window of `length` chunks: have the next one fetched. Best effort."""
         if not self.is_streamed and self.gate.is_open:
-            self._services.nursery.start_soon(self._fly, self._fly_ahead, marker)
+            self._services.nursery.start_soon(self._fly, self._fly_ahead, marker, length)
 
     def start_stream(self) -> None:
         """Have the whole image come from byte 0, unless it is coming already."""
         if not self._streaming:
             self._streaming = True
-            self._services.nursery.start_soon(self._fly, self._fly_stream, None)
+            self._services.nursery.start_soon(self._fly, self._fly_stream)
 
     async def background(self, chunks_max: int) -> bool:
         """Fetch one run of at most `chunks_max` missing chunks at background priority; False when none is missing.
@@ -144,10 +144,10 @@ class ImageTransfers:
 
     # --- flights ----------------------------------------------------------------------------------------
 
-    async def _fly(self, flight: Callable[..., Awaitable[None]], argument: object) -> None:
+    async def _fly(self, flight: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Ends with its flight; cancelled with the service. A bug in a flight must not end the mount."""
         try:
-            await flight(argument)
+            await flight(*arguments)
         except Exception:
             log.exception("image %s: bug in a transfer", self._entry.image_id)
 
@@ -159,9 +159,9 @@ class ImageTransfers:
             # Only if the slot was never had: else everything is settled by now, and this does nothing.
             self._board.failed(self._ledger.unclaim(chunks), errors.SourceUnavailableError(_SHUTTING_DOWN))
 
-    async def _fly_ahead(self, marker: int) -> None:
+    async def _fly_ahead(self, marker: int, length: int) -> None:
         async with self._services.slots.take(background=True):
-            window = window_ahead(self._ledger.states, marker, self._policy)
+            window = window_ahead(self._ledger.states, marker, length, self._policy)
             if window is not None:
                 self._ledger.claim(window)
                 await self._transfer(window.chunks)
@@ -195,7 +195,7 @@ class ImageTransfers:
             self.tell_size()
         return error
 
-    async def _fly_stream(self, _argument: None) -> None:
+    async def _fly_stream(self) -> None:
         record = self._entry.record
         digest = None
         if record.os_hash_algo and record.os_hash_value:
