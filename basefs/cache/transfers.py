@@ -33,7 +33,6 @@ DISK_RETRY_S = 10.0
 """After the cache disk refused a byte, bytes go round it for so long before it is tried again."""
 PIECE_BYTES_MAX = 1 << 20
 STREAM_PIECE_BYTES = 1 << 18
-_SHUTTING_DOWN = "basefs is shutting down"
 
 
 @dataclass(slots=True)
@@ -157,7 +156,7 @@ class ImageTransfers:
                 await self._transfer(chunks)
         finally:
             # Only if the slot was never had: else everything is settled by now, and this does nothing.
-            self._board.failed(self._ledger.unclaim(chunks), errors.SourceUnavailableError(_SHUTTING_DOWN))
+            self._board.failed(self._ledger.unclaim(chunks), None)
 
     async def _fly_ahead(self, marker: int, length: int) -> None:
         async with self._services.slots.take(background=True):
@@ -167,14 +166,17 @@ class ImageTransfers:
                 await self._transfer(window.chunks)
 
     async def _transfer(self, chunks: range) -> errors.BasefsError | None:
-        """Fetch claimed `chunks` and settle them; the error, if there was one, was told to the waiters."""
+        """Fetch claimed `chunks` and settle them; the error, if there was one, was told to the waiters.
+
+        Cancellation (a warming that was stopped, the end of the service) is no failure: waiters look again.
+        """
         chunk_bytes = self._ledger.chunk_bytes
         offset = chunks.start * chunk_bytes
         length = min(chunks.stop * chunk_bytes, self._ledger.size) - offset
         # Small pieces wake waiters early, large ones cost less: a hand-over to the loop takes about 30 us.
         piece_bytes = max(chunk_bytes, min(PIECE_BYTES_MAX, length // 8 // chunk_bytes * chunk_bytes))
         receiver = self.new_receiver()
-        error: errors.BasefsError | None = errors.SourceUnavailableError(_SHUTTING_DOWN)
+        error: errors.BasefsError | None = None
         try:
             await self._services.source.fetch_range(
                 self._entry.image_id,
@@ -184,13 +186,13 @@ class ImageTransfers:
                 piece_bytes=piece_bytes,
                 deliver=receiver.take,
             )
-            error = None
+            self.gate.succeeded()
         except (errors.SourceError, errors.ImageNotFoundError) as exc:
             error = exc
+            self._note_failure(exc)
         finally:
             self.end_receiver(receiver)
             lost = self._ledger.unclaim(chunks)
-            self._note_outcome(error)
             self._board.failed(lost, None if isinstance(error, errors.RangeNotHonouredError) else error)
             self.tell_size()
         return error
@@ -200,13 +202,16 @@ class ImageTransfers:
         digest = None
         if record.os_hash_algo and record.os_hash_value:
             digest = Digest(algorithm=record.os_hash_algo, value=record.os_hash_value)
-        error: errors.BasefsError | None = errors.SourceUnavailableError(_SHUTTING_DOWN)
+        error: errors.BasefsError | None = None
         try:
             async with self._services.stream_slots.take(background=False):
                 error = await self._stream(digest)
+            if error is None:
+                self.gate.succeeded()
+            else:
+                self._note_failure(error)
         finally:
             self._streaming = False
-            self._note_outcome(error)
             self._board.all_failed(error)
             self.tell_size()
 
@@ -275,10 +280,8 @@ class ImageTransfers:
                 at = (index - first) * chunk_bytes
                 self._board.arrived(index, unstored[at : at + chunk_bytes])
 
-    def _note_outcome(self, error: errors.BasefsError | None) -> None:
-        if error is None:
-            self.gate.succeeded()
-        elif isinstance(error, errors.RangeNotHonouredError):
+    def _note_failure(self, error: errors.BasefsError) -> None:
+        if isinstance(error, errors.RangeNotHonouredError):
             if not self.is_streamed:
                 log.warning("image %s: read as one stream from now on: %s", self._entry.image_id, error)
             self._entry.local.source_kind = "streamed"
