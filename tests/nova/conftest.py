@@ -1,5 +1,6 @@
 """A compute node for nova's code: nova as a process of an unprivileged user, and basefs mounted on its `_base`."""
 
+import contextlib
 import os
 import pwd
 import random
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import LOG_LINE, MountFactory
+from basefs.control.client import ControlClient
+from tests.conftest import LOG_LINE
 from tests.nova.nova_node import Answer, NovaNode, nova_node
 from tools.mount import BasefsMount, base_name
 from tools.rig import Rig
@@ -65,9 +67,28 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class MountedSite(Site):
-    """A compute node with basefs on its `_base`."""
+    """A compute node with basefs on its `_base`; asked over its socket, as a command takes a second to start."""
 
     mount: BasefsMount
+
+    def status(self) -> dict[str, Any]:
+        """What `basefs status -f json` tells."""
+        with self._control() as control:
+            return control.status()
+
+    def image(self, image_id: str) -> dict[str, Any]:
+        """What `basefs image show -f json` tells."""
+        with self._control() as control:
+            return control.image(image_id)
+
+    def wait_until_warm(self, image_id: str) -> None:
+        """What `basefs image warm --wait` does."""
+        with self._control() as control:
+            for _progress in control.warm(image_id):
+                pass
+
+    def _control(self) -> ControlClient:
+        return ControlClient(self.mount.directory / "control.sock")
 
 
 @pytest.fixture(scope="session", params=["nova34", "nova31"])
@@ -96,12 +117,6 @@ def site(nova: NovaNode, shared_mount: BasefsMount, rig: Rig) -> MountedSite:
     return mounted
 
 
-@pytest.fixture
-def own_site(nova: NovaNode, basefs_mount: MountFactory, rig: Rig) -> MountedSite:
-    """A nova, freshly configured, on a mount that no other test sees."""
-    return mounted_site(nova, basefs_mount(start=False), rig)
-
-
 def mounted_site(node: NovaNode, mount: BasefsMount, rig: Rig) -> MountedSite:
     """Mount, and start nova anew on the mount."""
     give_to_nova(mount)
@@ -120,6 +135,18 @@ def plain_site(nova: NovaNode, rig: Rig, tmp_path: Path) -> Site:
     plain = Site(nova, instances, rig)
     plain.configure()
     return plain
+
+
+@contextlib.contextmanager
+def lower_directory(site: MountedSite, tmp_path: Path) -> Iterator[Path]:
+    """What lies below the mount: a bind mount of the folder above leaves the mount out."""
+    peephole = tmp_path / "below"
+    peephole.mkdir()
+    subprocess.run(["mount", "--bind", str(site.instances_path), str(peephole)], check=True)
+    try:
+        yield peephole / "_base"
+    finally:
+        subprocess.run(["umount", str(peephole)], check=True)
 
 
 def give_to_nova(mount: BasefsMount) -> None:

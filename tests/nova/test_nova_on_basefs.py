@@ -11,8 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ExpectedWarnings, MountFactory
-from tests.nova.conftest import MIB, NOVA_USER_OF_GLANCE, MountedSite, Site, mounted_site, same_guest_bytes, tool
+from tests.conftest import MountFactory
+from tests.nova.conftest import (
+    MIB,
+    NOVA_USER,
+    NOVA_USER_OF_GLANCE,
+    MountedSite,
+    Site,
+    lower_directory,
+    mounted_site,
+    same_guest_bytes,
+    tool,
+)
 from tests.nova.nova_node import NovaError, NovaNode, nova_node
 from tools.mount import base_name
 from tools.rig import Rig
@@ -51,10 +61,10 @@ def test_overlay_of_the_first_boot_holds_the_images_bytes(site: MountedSite, raw
 def test_first_boot_with_the_header_cached_needs_ten_reads_and_no_glance(site: MountedSite, raw_file: Path) -> None:
     image_id = site.upload(raw_file)
     os.stat(site.path(image_id))  # the name resolves: the checks have read the header
-    before = site.mount.status()
+    before = site.status()
     requests_before = len(site.rig.requests(image_id))
     site.boot(image_id)
-    after = site.mount.status()
+    after = site.status()
     spent = {name: after["fuse_requests"][name] - before["fuse_requests"][name] for name in ("read", "getattr")}
     assert spent["read"] <= 10, spent
     assert spent["getattr"] <= 5, spent
@@ -123,7 +133,7 @@ def test_image_that_is_not_its_disk_format_is_refused_by_nova_as_without_basefs(
         site.boot(image_id)
     assert raised.value.kind == "ImageUnacceptable"
     assert not [name for name in os.listdir(site.base) if name.startswith(base_name(image_id))]
-    assert "qcow2" in site.mount.image(image_id)["refused_reason"]
+    assert "qcow2" in site.image(image_id)["refused_reason"]
 
 
 def test_image_id_that_glance_does_not_know_is_not_found(site: MountedSite) -> None:
@@ -135,16 +145,21 @@ def test_image_id_that_glance_does_not_know_is_not_found(site: MountedSite) -> N
 # -- ephemeral and swap disks
 
 
-def test_ephemeral_and_swap_bases_are_files_of_the_lower_directory(own_site: MountedSite, raw_file: Path) -> None:
-    instance, answer = own_site.boot(own_site.upload(raw_file), ephemeral_gb=1, swap_mb=16)
+def test_ephemeral_and_swap_bases_are_novas_files_in_the_lower_directory(
+    site: MountedSite, raw_file: Path, tmp_path: Path
+) -> None:
+    _, answer = site.boot(site.upload(raw_file), ephemeral_gb=2, swap_mb=24)
     assert answer.complaints == []
-    assert answer.result["disks"]["disk.local"]["backing_file"] == str(own_site.base / "ephemeral_1_40d1d2c")
-    assert answer.result["disks"]["disk.swap"]["backing_file"] == str(own_site.base / "swap_16")
-    own_site.mount.unmount()
-    assert _content_of(own_site.base / "ephemeral_1_40d1d2c") == "ext4"
-    assert _content_of(own_site.base / "swap_16") == "swap"
-    assert os.stat(own_site.base / "ephemeral_1_40d1d2c").st_blocks * 512 < 100 * MIB, "mkfs wrote it sparse"
-    assert instance in os.listdir(own_site.instances_path)
+    bases = {"disk.local": "ephemeral_2_40d1d2c", "disk.swap": "swap_24"}
+    for disk, name in bases.items():
+        assert answer.result["disks"][disk]["backing_file"] == str(site.base / name)
+        assert answer.result["disks"][disk]["backing_format"] == "raw"
+    with lower_directory(site, tmp_path) as lower:
+        assert {name: _content_of(lower / name) for name in bases.values()} == dict(
+            zip(bases.values(), ("ext4", "swap"), strict=True)
+        )
+        assert (lower / "ephemeral_2_40d1d2c").owner() == NOVA_USER
+        assert (lower / "ephemeral_2_40d1d2c").stat().st_blocks * 512 < 200 * MIB, "sparse, as mkfs left it"
 
 
 def _content_of(path: Path) -> str:
@@ -177,7 +192,7 @@ def test_cache_manager_evicts_an_unused_image_whose_name_still_resolves(site: Mo
     assert name in answer.result["removable"]
     assert f"Removing base, swap or ephemeral file: {site.path(image_id)}" in answer.messages("INFO")
     assert answer.messages("ERROR") == []
-    assert site.mount.image(image_id)["cached_bytes"] == 0
+    assert site.image(image_id)["cached_bytes"] == 0
     assert site.rig.api().get(image_id)["status"] == "active"
     seen = site.node.look(name=name).result
     assert seen["size"] == raw_file.stat().st_size
@@ -191,7 +206,7 @@ def test_cache_manager_leaves_a_young_unused_image(site: MountedSite, raw_file: 
     site.boot(image_id)
     answer = site.node.manage_image_cache(uuids=[])
     assert f"Base, swap or ephemeral file too young to remove: {site.path(image_id)}" in answer.messages("INFO")
-    assert site.mount.image(image_id)["cached_bytes"] > 0
+    assert site.image(image_id)["cached_bytes"] > 0
 
 
 def test_cache_manager_removes_unused_ephemeral_and_swap_bases(site: MountedSite, raw_file: Path) -> None:
@@ -225,14 +240,15 @@ def test_cache_manager_neither_hears_of_images_nobody_has_used_nor_asks_glance(
 
 
 def test_cache_manager_of_a_nova_that_runs_as_root_takes_no_image_for_old(
-    own_site: MountedSite, raw_file: Path
+    rig: Rig, shared_mount: BasefsMount, raw_file: Path
 ) -> None:
-    used = own_site.upload(raw_file)
-    own_site.rig.clone(used, 5)
+    image_id = rig.upload(raw_file, "never used")
     with nova_node("nova34", None) as root:
-        as_root = MountedSite(root, own_site.instances_path, own_site.rig, own_site.mount)
-        as_root.configure()
+        site = MountedSite(root, shared_mount.instances_path, rig, shared_mount)
+        site.configure()
+        os.stat(site.path(image_id))
         answer = root.manage_image_cache(uuids=[])
+    assert f"Base, swap or ephemeral file too young to remove: {site.path(image_id)}" in answer.messages("INFO")
     assert answer.messages("ERROR") == []
     assert not [message for message in answer.messages("INFO") if message.startswith("Removing base")]
 
@@ -240,17 +256,31 @@ def test_cache_manager_of_a_nova_that_runs_as_root_takes_no_image_for_old(
 # -- pre-caching
 
 
-def test_precache_finds_the_image_there_and_starts_its_hydration(own_site: MountedSite, raw_file: Path) -> None:
-    image_id = own_site.upload(raw_file)
-    answer = own_site.node.precache(image_ids=[image_id])
+def test_precache_finds_the_image_there_and_starts_its_hydration(site: MountedSite, raw_file: Path) -> None:
+    image_id = site.upload(raw_file)
+    answer = site.node.precache(image_ids=[image_id])
     assert answer.result == {image_id: False}
     assert answer.glance_requests == []
     assert answer.complaints == []
-    own_site.mount.cli("image", "warm", image_id, "--wait")
-    image = own_site.mount.image(image_id)
-    assert image["cached_bytes"] == raw_file.stat().st_size
-    ranges = [one for one in own_site.rig.requests(image_id) if one.path.endswith("/file")]
-    assert sum(one.length for one in ranges if one.status == 206) < 2 * raw_file.stat().st_size
+    assert site.image(image_id)["state"] in ("warming", "complete")
+    site.wait_until_warm(image_id)
+    assert site.image(image_id)["cached_bytes"] == raw_file.stat().st_size
+    assert _bytes_served(site, image_id) == raw_file.stat().st_size
+    instance, _ = site.boot(image_id)
+    assert same_guest_bytes(raw_file, site.disk(instance), "qcow2")
+    assert _bytes_served(site, image_id) == raw_file.stat().st_size, "no byte came twice"
+
+
+def test_first_boot_does_not_start_the_hydration_that_precaching_does(site: MountedSite, raw_file: Path) -> None:
+    image_id = site.upload(raw_file)
+    site.boot(image_id)
+    assert site.image(image_id)["state"] == "partial"
+    assert _bytes_served(site, image_id) <= MIB
+
+
+def _bytes_served(site: MountedSite, image_id: str) -> int:
+    requests = site.rig.requests(f"/v2/images/{image_id}/file")
+    return sum(one.length for one in requests if one.method == "GET")
 
 
 # -- a life after the first boot
@@ -314,7 +344,7 @@ def test_flat_backend_copies_the_base(site: MountedSite, raw_file: Path) -> None
 
 
 def test_image_with_its_header_cached_boots_while_glance_is_away(
-    nova: NovaNode, own_rig: Rig, basefs_mount: MountFactory, raw_file: Path, expected_warnings: ExpectedWarnings
+    nova: NovaNode, own_rig: Rig, basefs_mount: MountFactory, raw_file: Path
 ) -> None:
     site = mounted_site(nova, basefs_mount(own_rig, start=False), own_rig)
     image_id = site.upload(raw_file)
