@@ -24,7 +24,7 @@ from tests.nova.conftest import (
     tool,
 )
 from tests.nova.nova_node import NovaError, NovaNode, nova_node
-from tools.mount import base_name
+from tools.mount import BasefsMount, base_name
 from tools.rig import Rig
 
 pytestmark = [pytest.mark.nova, pytest.mark.mount, pytest.mark.glance]
