@@ -150,8 +150,8 @@ class Catalog:
 
     async def _ask(self, base_name: str) -> None:
         """Return when a list that was begun after this call was seen, or the name is there."""
-        asked_at = trio.current_time()
-        while self._refresher.listed_since < asked_at:
+        asked_at, begun_before = trio.current_time(), self._refresher.lists_begun
+        while self._refresher.list_seen <= begun_before:
             await self._refresher.refresh(full=False)
         entry = self._index.by_base_name(base_name)
         if entry is None and self._refresher.listed_whole_since < asked_at - FULL_AFTER_MISS_S:

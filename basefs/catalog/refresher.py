@@ -47,10 +47,12 @@ class CatalogRefresher:
         refresh_s: float,
         full_refresh_s: float,
     ) -> None:
-        self.listed_since = float("-inf")
-        """Trio's clock when the last list that succeeded was begun: what Glance had then is known."""
+        self.lists_begun = 0
+        """How many lists were asked for so far."""
+        self.list_seen = 0
+        """Which of them is the latest that was seen: what Glance had when that was begun is known."""
         self.listed_whole_since = float("-inf")
-        """The same of the last full list."""
+        """Trio's clock when the last full list that was seen was begun."""
         self.refreshed_at: float | None = None
         """Unix time of the last refresh that succeeded, in this life."""
         self._index = index
@@ -128,17 +130,14 @@ class CatalogRefresher:
     async def _incremental(self) -> None:
         # At most one list a second, however many unknown names are asked for.
         await trio.sleep_until(self._began_at + REFRESH_INTERVAL_MIN_S)
-        self._began_at = began_at = trio.current_time()
+        self._began_at = trio.current_time()
         since = earlier(self._updated_since, OVERLAP_S) if self._updated_since else None
-        await self._take(await self._metadata.list_images(updated_since=since), {})
-        self.listed_since = max(self.listed_since, began_at)
+        await self._list(since)
 
     async def _full(self) -> None:
         began_at, began_at_unix = trio.current_time(), time.time()
         known = [entry for entry in self._index.entries() if not entry.is_gone]
-        images = await self._metadata.list_images()
-        await self._take(images, {})
-        self.listed_since = max(self.listed_since, began_at)
+        images = await self._list(None)
         listed = {image.get("id") for image in images}
         for entry in known:
             if entry.image_id not in listed and not entry.is_gone:
@@ -146,6 +145,14 @@ class CatalogRefresher:
         await self._take([], {_LISTED_WHOLE_AT: str(began_at_unix)})
         self.listed_whole_since = max(self.listed_whole_since, began_at)
         self._listed_whole_at = began_at_unix
+
+    async def _list(self, updated_since: str | None) -> list[Mapping[str, Any]]:
+        self.lists_begun += 1
+        number = self.lists_begun
+        images = await self._metadata.list_images(updated_since=updated_since)
+        await self._take(images, {})
+        self.list_seen = max(self.list_seen, number)
+        return images
 
     async def _take(self, images: Iterable[Mapping[str, Any]], values: Mapping[str, str]) -> None:
         """Store what is new and changed, then show it: numbers are never given out twice, not even by kill -9."""

@@ -15,6 +15,13 @@ from oslo_utils import strutils
 from basefs import errors
 
 RETRY_AFTER_MAX_S = 3600.0
+_TRANSPORT_ERRORS = (
+    OSError,
+    http.client.HTTPException,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    ksa.ClientException,
+)
 _TEXT_CHARS_MAX = 300
 _USER_IN_URL = re.compile(r"//[^/@\s]+@")
 _QUERY = re.compile(r"\?[^\s'\")]*")
@@ -31,7 +38,7 @@ def safe_text(text: str) -> str:
 def text_of_error(exc: BaseException) -> str:
     """Kind and text of what went wrong at the bottom: "Connection refused", not six libraries' words about it."""
     root = exc
-    while (below := root.__cause__ or root.__context__) is not None and not isinstance(below, KeyError):
+    while isinstance(below := root.__cause__ or root.__context__, _TRANSPORT_ERRORS):
         root = below
     return f"{type(root).__name__}: {safe_text(str(root))}"
 

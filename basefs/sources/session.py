@@ -71,6 +71,9 @@ class GlanceSession(session.Session):
         """See keystoneauth; a call without `timeout` gets ours unless the operator set one."""
         if self.timeout is None:
             kwargs.setdefault("timeout", (CONNECT_TIMEOUT_S, INACTIVITY_TIMEOUT_S))
+        if not url.endswith("/file"):
+            # python-glanceclient asks for all as a stream, and leaves connections open over answers it refuses.
+            kwargs["stream"] = False
         response: requests.Response = super().request(url, method, **kwargs)
         is_to_glance = kwargs.get("endpoint_filter") is not None or kwargs.get("endpoint_override") is not None
         if is_to_glance and response.status_code not in _GATEWAY_STATUSES:

@@ -9,7 +9,7 @@ from tests.fakes.front import MisbehavingFront, Route
 
 
 class FakeKeystone(Route):
-    """Issues tokens; only the last one is good at the front's Glance."""
+    """Issues tokens that are good at the front's Glance until they are revoked."""
 
     def __init__(self, front: MisbehavingFront, *, life_s: float = 3600.0, password: str = "secret") -> None:
         self.issued: list[str] = []
@@ -36,7 +36,7 @@ class FakeKeystone(Route):
         return "[glance]\n" + "".join(f"{name} = {value}\n" for name, value in options.items())
 
     def revoke(self) -> None:
-        """Make the token in use a bad one, long before it expires."""
+        """Make all tokens bad ones, long before they expire."""
         self._front.tokens = set()
 
     def answer(self, request: Request) -> Answer:
@@ -52,7 +52,7 @@ class FakeKeystone(Route):
             return _json(401, {"error": error})
         token = f"token-{next(self._numbers)}"
         self.issued.append(token)
-        self._front.tokens = {token}
+        self._front.tokens = {*(self._front.tokens or ()), token}
         now = datetime.now(UTC)
         catalog = [
             {
