@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+import trio.testing
 
 from tools.mount import BasefsMount, MountError, basefs_mounts
 from tools.rig import Rig
@@ -108,6 +109,15 @@ def _no_unexpected_warnings(expected_warnings: ExpectedWarnings) -> Iterator[lis
     assert not unexpected, "log records that the test did not expect:\n" + "\n".join(unexpected)
     missing = expected_warnings.missing()
     assert not missing, f"expected log records that did not come: {missing}"
+
+
+# -- time
+
+
+@pytest.fixture
+def clock() -> trio.testing.MockClock:
+    """Jumps over waits, but not while a thread is at work."""
+    return trio.testing.MockClock(autojump_threshold=0.05)
 
 
 # -- mounts

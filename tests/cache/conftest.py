@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
 
 from basefs.cache.chunk_file import open_chunk_file
 from basefs.cache.image_fetcher import ImageFetcher
@@ -34,12 +33,6 @@ def make_entry(size: int, **fields: object) -> ImageEntry:
 
 
 Fetchers = Callable[..., AbstractAsyncContextManager[ImageFetcher]]
-
-
-@pytest.fixture
-def clock() -> trio.testing.MockClock:
-    """Jumps over waits, but not while a thread is at work."""
-    return trio.testing.MockClock(autojump_threshold=0.05)
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ async def test_a_format_that_is_not_shown_is_refused_without_asking_glance(
 
 
 async def test_glance_away_is_not_a_verdict(
-    handler: _Handler, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+    handler: _Handler, nursery: trio.Nursery, clock: trio.testing.MockClock
 ) -> None:
     source, entry = MemorySource({IMAGE_ID: RAW}), make_entry(len(RAW))
     source.faults = [errors.SourceUnavailableError("503")] * 100
@@ -105,7 +105,7 @@ async def test_glance_away_is_not_a_verdict(
 
 
 async def test_one_failure_is_tried_through(
-    handler: _Handler, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+    handler: _Handler, nursery: trio.Nursery, clock: trio.testing.MockClock
 ) -> None:
     source, entry = MemorySource({IMAGE_ID: RAW}), make_entry(len(RAW))
     source.faults = [errors.SourceUnavailableError("503")]
