@@ -26,6 +26,8 @@ class RetryGate:
         self._image_id = image_id
         self._jitter = jitter
         self._failures = 0
+        self.error: errors.BasefsError | None = None
+        """Why the last try failed; None after one that went well."""
         self.retry_at = -math.inf
 
     @property
@@ -42,11 +44,19 @@ class RetryGate:
         if self._failures:
             log.info("image %s: its bytes come again after %d failed tries", self._image_id, self._failures)
         self._failures = 0
+        self.error = None
         self.retry_at = -math.inf
 
     def failed(self, error: errors.BasefsError) -> None:
-        """A try failed: keep the next one back, longer each time, or as long as the server asked."""
+        """A try failed: keep the next one back, longer each time, or as long as the server asked.
+
+        Tries that were under way together count as one: else eight requests cut by one restart of Glance would
+        keep everybody back for the longest time there is.
+        """
+        if not self.is_open:
+            return
         self._failures += 1
+        self.error = error
         wait_s = backoff_s(self._failures, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, jitter=self._jitter())
         if isinstance(error, errors.SourceUnavailableError) and error.retry_after_s is not None:
             wait_s = max(wait_s, min(error.retry_after_s, RETRY_CAP_S))

@@ -10,6 +10,7 @@ import trio
 
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile
+from basefs.core.byte_ranges import runs
 
 
 class Arrived(Protocol):
@@ -41,27 +42,33 @@ class Receiver:
     def take(self, offset: int, piece: bytes) -> bool:
         """Store one piece of whole chunks and have the loop publish it; False when the transfer shall end.
 
-        A piece that lies wholly in `present` (chunks that were here when a stream began) is passed over in
-        silence: a chunk that was lost since must not become ready by it.
+        Chunks in `present` (here when a stream began) are passed over in silence: a stream proves right only at
+        its end, so it must not overwrite bytes that are right, and a chunk that was lost since must not become
+        ready by it.
         """
         if self.stop:
             return False
         first = offset // self._chunk_bytes
-        chunks = -(-len(piece) // self._chunk_bytes)
-        here = self._present[first : first + chunks]
-        if len(here) == chunks and b"\0" not in here:
-            return True
+        stop = first - (-len(piece) // self._chunk_bytes)
+        for absent in runs(index for index in range(first, stop) if not self._is_present(index)):
+            begin = absent.start * self._chunk_bytes - offset
+            self._take(absent.start, piece[begin : begin + len(absent) * self._chunk_bytes])
+        return not self.stop
+
+    def _is_present(self, index: int) -> bool:
+        return index < len(self._present) and self._present[index] != 0
+
+    def _take(self, first: int, chunks: bytes) -> None:
         unstored: bytes | None = None
         error: errors.CacheError | None = None
         if self._file is None:
-            unstored = piece
+            unstored = chunks
         else:
             try:
-                self._file.write_piece(offset, piece)
+                self._file.write_piece(first * self._chunk_bytes, chunks)
             except errors.CacheError as exc:
-                unstored, error = piece, exc
+                unstored, error = chunks, exc
         try:
-            self._token.run_sync_soon(self._arrived, first, len(piece), unstored, error)
+            self._token.run_sync_soon(self._arrived, first, len(chunks), unstored, error)
         except trio.RunFinishedError:
             self.stop = True
-        return not self.stop

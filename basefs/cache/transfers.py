@@ -153,7 +153,11 @@ class ImageTransfers:
     async def _fly_demand(self, chunks: range) -> None:
         try:
             async with self._services.slots.take(background=False):
-                await self._transfer(chunks)
+                if self.gate.is_open:
+                    await self._transfer(chunks)
+                else:
+                    # The gate closed while this waited for a slot: it would only fail, too.
+                    self._board.failed(self._ledger.unclaim(chunks), self.gate.error)
         finally:
             # Only if the slot was never had: else everything is settled by now, and this does nothing.
             self._board.failed(self._ledger.unclaim(chunks), None)
@@ -161,7 +165,7 @@ class ImageTransfers:
     async def _fly_ahead(self, marker: int, length: int) -> None:
         async with self._services.slots.take(background=True):
             window = window_ahead(self._ledger.states, marker, length, self._policy)
-            if window is not None:
+            if window is not None and self.gate.is_open:
                 self._ledger.claim(window)
                 await self._transfer(window.chunks)
 

@@ -6,6 +6,7 @@ is wrapped by `edge`. One record per outcome, here; a condition that lasts is no
 
 import errno
 import logging
+import re
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -50,10 +51,11 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
 }
 
 RECORD_INTERVAL_S = 10.0
-"""The same failure of the same operation gives one WARNING in so many seconds."""
+"""The same failure of the same operation on the same file gives one WARNING in so many seconds."""
 
 NAME_MAX = 255
 
+_NUMBER = re.compile(r"\b\d+\b")
 _last_record: dict[tuple[str, str], float] = {}
 _RECORDS_MAX = 1000
 
@@ -69,7 +71,8 @@ def _record(operation: str, error: errors.BasefsError) -> None:
     if errno_of(error) != errno.EIO or isinstance(error, errors.LowerFileError):
         log.debug("%s: %s", operation, error)
         return
-    key = (operation, str(error))
+    # Without its numbers, or each offset of a scan through an outage would be a failure of its own.
+    key = (operation, _NUMBER.sub("", str(error)))
     now = trio.current_time()
     if now - _last_record.get(key, -RECORD_INTERVAL_S) < RECORD_INTERVAL_S:
         return

@@ -1,0 +1,97 @@
+"""When tries are made again, and what a stream that turns out wrong may not spoil."""
+
+import hashlib
+
+import pytest
+import trio
+import trio.testing
+
+from basefs import errors
+from basefs.cache.outage import RETRY_BASE_S, RETRY_CAP_S, RetryGate
+from tests.cache.conftest import CHUNK, IMAGE_ID, Fetchers, make_entry
+from tests.cache.memory_source import MemorySource
+from tests.conftest import ExpectedWarnings
+
+AWAY = errors.SourceUnavailableError("Glance answered 503")
+
+
+async def test_tries_that_failed_together_count_as_one(
+    autojump_clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("503")
+    gate = RetryGate("a", lambda: 0.999)
+    for _ in range(8):
+        gate.failed(AWAY)
+    assert gate.retry_at - trio.current_time() <= RETRY_BASE_S
+    waits = []
+    for _ in range(10):
+        await gate.wait()
+        gate.failed(AWAY)
+        waits.append(gate.retry_at - trio.current_time())
+    assert waits[:4] == sorted(waits[:4]), "longer each time"
+    assert max(waits) <= RETRY_CAP_S
+
+
+async def test_a_server_that_says_when_is_asked_then_within_a_bound(
+    autojump_clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("503")
+    for asked_s, expected_s in ((3.0, 3.0), (3600.0, RETRY_CAP_S)):
+        gate = RetryGate("a", lambda: 0.0)
+        gate.failed(errors.SourceUnavailableError("Glance answered 503", retry_after_s=asked_s))
+        assert gate.retry_at - trio.current_time() == expected_s
+
+
+async def test_an_outage_is_told_when_it_begins_and_when_it_ends(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("503")
+    caplog.set_level("INFO", logger="basefs")
+    gate = RetryGate("a", lambda: 0.5)
+    for _ in range(5):
+        gate.failed(AWAY)
+        await gate.wait()
+    gate.succeeded()
+    gate.succeeded()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert gate.is_open
+
+
+async def test_readers_of_many_places_make_few_requests_while_glance_is_away(
+    fetchers: Fetchers, source: MemorySource, clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
+) -> None:
+    """Four slots: of a hundred flights that wait for one, those that come to it after a failure are not sent."""
+    expected_warnings("503")
+    source.faults = [AWAY] * 1000
+    failed = []
+    async with fetchers(source) as fetcher, trio.open_nursery() as readers:
+
+        async def reader(offset: int) -> None:
+            with pytest.raises(errors.SourceUnavailableError, match="503"):
+                await fetcher.read(offset, 10, deadline_s=15.0, patient=False)
+            failed.append(offset)
+
+        for index in range(100):
+            readers.start_soon(reader, index * CHUNK)
+    assert len(failed) == 100
+    assert source.requests < 20 * 4
+
+
+async def test_a_stream_that_turns_out_wrong_spoils_nothing_that_was_here(
+    fetchers: Fetchers, source: MemorySource, image: bytes, clock: trio.testing.MockClock,
+    expected_warnings: ExpectedWarnings,
+) -> None:  # fmt: skip
+    expected_warnings("one stream")
+    expected_warnings("hash is wrong")
+    entry = make_entry(len(image), os_hash_algo="sha256", os_hash_value=hashlib.sha256(image).hexdigest())
+    async with fetchers(source, entry=entry) as fetcher:
+        here = 5 * CHUNK
+        assert await fetcher.read(here, 100, deadline_s=15.0, patient=False) == image[here : here + 100]
+        source.ranged = False
+        source.images[IMAGE_ID] = bytes(byte ^ 0x55 for byte in image)
+        await fetcher.read(len(image) - 10, 10, deadline_s=5.0, patient=False)
+        await fetcher._transfers.wait_idle()
+        assert await fetcher.read(here, 100, deadline_s=15.0, patient=False) == image[here : here + 100]
+    source.images[IMAGE_ID] = image
+    async with fetchers(source, entry=entry) as fetcher:
+        assert await fetcher.read(0, len(image), deadline_s=15.0, patient=False) == image
