@@ -3,7 +3,8 @@
     lower_server.py DIRECTORY READY_FD
 
 One byte on READY_FD says that the mount answers. Ends with the mount. Reading the xattr `user.gauges` of the mount's
-root gives [known inodes, lookups, open files]; `user.gauges.empty` waits until all are 0.
+root gives [known inodes, lookups, open files]; `user.gauges.empty` waits until all are 0. A file whose name begins
+with `appears.` is made by "another host" just before it is created.
 """
 
 import errno
@@ -123,6 +124,11 @@ class LowerOnly(pyfuse3.Operations):
             return pyfuse3.FileInfo(fh=await self.tree.open(inode, flags), keep_cache=True)
 
     async def create(self, parent_inode, name, mode, flags, ctx):
+        if name.startswith(b"appears."):
+            parent = self.tree._inodes.table.find(parent_inode)
+            fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644, dir_fd=parent.fd)
+            os.write(fd, b"made by another host")
+            os.close(fd)
         with ANSWERS:
             handle, entry = await self.tree.create(parent_inode, name, mode, flags, ctx)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True), entry

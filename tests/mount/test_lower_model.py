@@ -312,7 +312,7 @@ def test_mount_does_what_a_plain_directory_does(model: type[LowerModel]) -> None
     run_state_machine_as_test(
         model,
         settings=settings(
-            max_examples=25,
+            max_examples=40,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),
