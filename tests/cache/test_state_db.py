@@ -14,34 +14,14 @@ import trio
 from basefs import errors
 from basefs.cache import state_db
 from basefs.cache.state_db import StateDatabase
-from basefs.catalog.records import ImageEntry, ImageRecord, Verdict
+from basefs.catalog.records import ImageEntry, Verdict
 from basefs.core.names import base_name_of
-
-
-def record(image_id: str, **changes) -> ImageRecord:
-    values = {
-        "image_id": image_id,
-        "name": f"name of {image_id}",
-        "size": 4096,
-        "disk_format": "raw",
-        "container_format": "bare",
-        "status": "active",
-        "visibility": "public",
-        "os_hidden": False,
-        "owner": "o",
-        "created_at": "2026-11-22T00:00:00Z",
-        "updated_at": "2026-11-22T00:00:00Z",
-        "checksum": None,
-        "os_hash_algo": "sha512",
-        "os_hash_value": "00",
-        "is_signed": False,
-    }
-    return ImageRecord(**{**values, **changes})
+from tests.cache.records import record
 
 
 async def until(condition) -> None:
     """Let (mock) time pass until something that a thread does has come about."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110  threads set no trio event
         await trio.sleep(0.5)
 
 
@@ -238,7 +218,8 @@ WRITER = """
 import sys, trio
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tests.cache.test_state_db import StateDatabase, record
+from basefs.cache.state_db import StateDatabase
+from tests.cache.records import record
 async def main():
     db = await StateDatabase.open(Path(sys.argv[1]), numbers_from=0)
     taken = len(await db.load())
