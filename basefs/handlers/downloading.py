@@ -52,7 +52,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._chunk_bytes = chunk_bytes
         self._services = services
         self._images: dict[int, DownloadedImage] = {}  # in order of last use
-        self._opening: SingleFlight[int, DownloadedImage] = SingleFlight(services.nursery)
+        self._opening: SingleFlight[int, None] = SingleFlight(services.nursery)
         self._removing: dict[int, trio.Event] = {}
         self.warmer = Warmer(services.nursery, self._fetcher_of)
 
@@ -75,17 +75,19 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     async def fetch_image(self, entry: ImageEntry) -> DownloadedImage:
         """See the base class. A cache disk that fails is no error: the bytes then go round it."""
-        while (removed := self._removing.get(entry.number)) is not None:
-            await removed.wait()
-        image = self._images.get(entry.number)
-        if image is None:
-            return await self._opening.run(entry.number, lambda: self._open(entry))
-        return image
+        while True:
+            while (removed := self._removing.get(entry.number)) is not None:
+                await removed.wait()
+            image = self._images.get(entry.number)
+            if image is not None:
+                return image
+            # Looked up again, for the image may be removed or closed between the flight's end and our turn.
+            await self._opening.run(entry.number, lambda: self._open(entry))
 
     async def _fetcher_of(self, entry: ImageEntry) -> ImageFetcher:
         return (await self.fetch_image(entry)).fetcher
 
-    async def _open(self, entry: ImageEntry) -> DownloadedImage:
+    async def _open(self, entry: ImageEntry) -> None:
         """Runs as a flight: one at a time for an image."""
         wanted = ChunkMapHeader(image_id=entry.image_id, size=entry.size, chunk_bytes=self._chunk_bytes)
         inode = image_inode(entry.number)
@@ -97,8 +99,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
             states = bytearray(wanted.chunks)
         chunk_bytes = wanted.chunk_bytes if file is None else file.header.chunk_bytes
         fetcher = ImageFetcher(entry, file, states, chunk_bytes, self._services)
-        image = self._images[entry.number] = DownloadedImage(fetcher)
-        return image
+        self._images[entry.number] = DownloadedImage(fetcher)
 
     def opened(self, entry: ImageEntry, image: PreparedImage) -> None:
         """See the base class. `image` is the last `fetch_image` gave for this entry, with no await since."""
@@ -129,10 +130,12 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         if entry.number in self._removing:
             return 0
         self.warmer.cancel(entry)
-        image = self._images.pop(entry.number, None)
-        dropped = entry.local.cached_bytes if image is None else image.fetcher.cached_bytes
         removed = self._removing[entry.number] = trio.Event()
         try:
+            # An opening under way ends first: it would be left with files that have no name.
+            await self._opening.run(entry.number, trio.lowlevel.checkpoint)
+            image = self._images.pop(entry.number, None)
+            dropped = entry.local.cached_bytes if image is None else image.fetcher.cached_bytes
             if image is not None:
                 await image.fetcher.close()
             await self._services.disk.run(remove_files, self._chunks_dir, image_inode(entry.number))

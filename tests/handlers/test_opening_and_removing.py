@@ -1,0 +1,80 @@
+"""An image that is opened and removed at the same moment."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from basefs.cache.chunk_file import data_path
+from basefs.cache.transfers import FetchCounters, FetchServices
+from basefs.concurrency.priority_slots import PrioritySlots
+from basefs.concurrency.threads import BlockingCalls
+from basefs.core.inodes import image_inode
+from basefs.handlers.base import Patience
+from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from tests.cache.conftest import CHUNK, IMAGE_ID, make_entry
+from tests.cache.memory_source import MemorySource
+
+IMAGE = bytes(range(256)) * 400
+PATIENCE = Patience(deadline_s=30, is_guest=False)
+
+
+@asynccontextmanager
+async def a_handler(directory: Path) -> AsyncIterator[DownloadingTemplateImageHandler]:
+    async with trio.open_nursery() as nursery:
+        services = FetchServices(
+            nursery=nursery,
+            source=MemorySource({IMAGE_ID: IMAGE}),
+            slots=PrioritySlots(4, reserved=2),
+            stream_slots=PrioritySlots(2, reserved=0),
+            disk=BlockingCalls("disk", threads_max=4),
+            request_bytes_max=1 << 20,
+            jitter=lambda: 0.5,
+            changed=lambda _entry: None,
+            counters=FetchCounters(),
+        )
+        handler = DownloadingTemplateImageHandler(directory, CHUNK, services)
+        await handler.init()
+        yield handler
+        await handler.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_image_removed_just_after_it_was_prepared_is_prepared_again(tmp_path: Path) -> None:
+    entry = make_entry(len(IMAGE))
+    async with a_handler(tmp_path) as handler:
+
+        async def use() -> None:
+            image = await handler.fetch_image(entry)
+            handler.opened(entry, image)  # fails if the image is not the prepared one
+            assert await image.read(0, len(IMAGE), PATIENCE) == IMAGE
+            await handler.released(entry)
+
+        async def remove_as_soon_as_it_is_there() -> None:
+            while entry.number not in handler._images:
+                await trio.lowlevel.checkpoint()
+            await handler.remove_image(entry)
+
+        for _ in range(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(remove_as_soon_as_it_is_there)
+                nursery.start_soon(use)
+            await handler.remove_image(entry)
+
+
+async def test_removing_waits_for_an_opening_under_way(tmp_path: Path) -> None:
+    entry = make_entry(len(IMAGE))
+    async with a_handler(tmp_path) as handler:
+        for _ in range(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(handler.fetch_image, entry)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(handler.remove_image, entry)
+            image = await handler.fetch_image(entry)
+            assert await image.read(0, len(IMAGE), PATIENCE) == IMAGE
+            assert data_path(tmp_path, image_inode(entry.number)).exists(), "the open chunk file has lost its name"
+            await handler.remove_image(entry)
+            assert not data_path(tmp_path, image_inode(entry.number)).exists()
+            assert entry.local.cached_bytes == 0
