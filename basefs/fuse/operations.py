@@ -274,7 +274,7 @@ class Operations(pyfuse3.Operations):
         if number is not None:
             return await self._images.open_image(self._images.entry_of(number), flags, ctx)
         if self._virtual.owns(inode):
-            return self._virtual.open(inode)
+            return self._virtual.open(inode, flags)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(await self._lower.open(inode, flags)))
 
     @edge

@@ -5,6 +5,7 @@ a file is rendered once per open, so that one reader sees one state.
 """
 
 import json
+import os
 import stat
 import time
 from collections.abc import Callable, Iterable
@@ -133,8 +134,14 @@ class VirtualTree:
             raise errors.NoSuchEntryError(f"inode {inode} is no file of .basefs")
         return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
-    def open(self, inode: int) -> pyfuse3.FileInfo:
-        """A handle on the contents as of now."""
+    def open(self, inode: int, flags: int) -> pyfuse3.FileInfo:
+        """A handle on the contents as of now.
+
+        Raises:
+            ReadOnlyError: it was to be opened for writing.
+        """
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise errors.ReadOnlyError(".basefs is read-only")
         content = self._render(inode)
         handle = inode << 16 | self._next_handle
         self._next_handle = self._next_handle % 0xFFFF + 1
