@@ -71,23 +71,9 @@ class MountedSite(Site):
 
     mount: BasefsMount
 
-    def status(self) -> dict[str, Any]:
-        """What `basefs status -f json` tells."""
-        with self._control() as control:
-            return control.status()
-
-    def image(self, image_id: str) -> dict[str, Any]:
-        """What `basefs image show -f json` tells."""
-        with self._control() as control:
-            return control.image(image_id)
-
-    def wait_until_warm(self, image_id: str) -> None:
-        """What `basefs image warm --wait` does."""
-        with self._control() as control:
-            for _progress in control.warm(image_id):
-                pass
-
-    def _control(self) -> ControlClient:
+    @property
+    def control(self) -> ControlClient:
+        """What the commands `basefs status` and `basefs image` use."""
         return ControlClient(self.mount.directory / "control.sock")
 
 

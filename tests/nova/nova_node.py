@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VENVS = os.path.join(os.path.dirname(os.path.dirname(HERE)), ".venvs")
-ANSWER_DEADLINE_S = 60.0
+ANSWER_DEADLINE_S = 120.0
 
 
 class NovaError(Exception):
@@ -119,6 +119,6 @@ def nova_node(venv: str, user: str | None) -> Iterator[NovaNode]:
             assert process.stdin is not None
             process.stdin.close()
             try:
-                process.wait(ANSWER_DEADLINE_S / 4)
+                process.wait(ANSWER_DEADLINE_S / 8)
             except subprocess.TimeoutExpired:
                 process.kill()

@@ -61,10 +61,10 @@ def test_overlay_of_the_first_boot_holds_the_images_bytes(site: MountedSite, raw
 def test_first_boot_with_the_header_cached_needs_ten_reads_and_no_glance(site: MountedSite, raw_file: Path) -> None:
     image_id = site.upload(raw_file)
     os.stat(site.path(image_id))  # the name resolves: the checks have read the header
-    before = site.status()
+    before = site.control.status()
     requests_before = len(site.rig.requests(image_id))
     site.boot(image_id)
-    after = site.status()
+    after = site.control.status()
     spent = {name: after["fuse_requests"][name] - before["fuse_requests"][name] for name in ("read", "getattr")}
     assert spent["read"] <= 10, spent
     assert spent["getattr"] <= 5, spent
@@ -133,7 +133,7 @@ def test_image_that_is_not_its_disk_format_is_refused_by_nova_as_without_basefs(
         site.boot(image_id)
     assert raised.value.kind == "ImageUnacceptable"
     assert not [name for name in os.listdir(site.base) if name.startswith(base_name(image_id))]
-    assert "qcow2" in site.image(image_id)["refused_reason"]
+    assert "qcow2" in site.control.image(image_id)["refused_reason"]
 
 
 def test_image_id_that_glance_does_not_know_is_not_found(site: MountedSite) -> None:
@@ -192,7 +192,7 @@ def test_cache_manager_evicts_an_unused_image_whose_name_still_resolves(site: Mo
     assert name in answer.result["removable"]
     assert f"Removing base, swap or ephemeral file: {site.path(image_id)}" in answer.messages("INFO")
     assert answer.messages("ERROR") == []
-    assert site.image(image_id)["cached_bytes"] == 0
+    assert site.control.image(image_id)["cached_bytes"] == 0
     assert site.rig.api().get(image_id)["status"] == "active"
     seen = site.node.look(name=name).result
     assert seen["size"] == raw_file.stat().st_size
@@ -206,7 +206,7 @@ def test_cache_manager_leaves_a_young_unused_image(site: MountedSite, raw_file: 
     site.boot(image_id)
     answer = site.node.manage_image_cache(uuids=[])
     assert f"Base, swap or ephemeral file too young to remove: {site.path(image_id)}" in answer.messages("INFO")
-    assert site.image(image_id)["cached_bytes"] > 0
+    assert site.control.image(image_id)["cached_bytes"] > 0
 
 
 def test_cache_manager_removes_unused_ephemeral_and_swap_bases(site: MountedSite, raw_file: Path) -> None:
@@ -262,9 +262,10 @@ def test_precache_finds_the_image_there_and_starts_its_hydration(site: MountedSi
     assert answer.result == {image_id: False}
     assert answer.glance_requests == []
     assert answer.complaints == []
-    assert site.image(image_id)["state"] in ("warming", "complete")
-    site.wait_until_warm(image_id)
-    assert site.image(image_id)["cached_bytes"] == raw_file.stat().st_size
+    assert site.control.image(image_id)["state"] in ("warming", "complete")
+    for _progress in site.control.warm(image_id):
+        pass
+    assert site.control.image(image_id)["cached_bytes"] == raw_file.stat().st_size
     assert _bytes_served(site, image_id) == raw_file.stat().st_size
     instance, _ = site.boot(image_id)
     assert same_guest_bytes(raw_file, site.disk(instance), "qcow2")
@@ -274,7 +275,7 @@ def test_precache_finds_the_image_there_and_starts_its_hydration(site: MountedSi
 def test_first_boot_does_not_start_the_hydration_that_precaching_does(site: MountedSite, raw_file: Path) -> None:
     image_id = site.upload(raw_file)
     site.boot(image_id)
-    assert site.image(image_id)["state"] == "partial"
+    assert site.control.image(image_id)["state"] == "partial"
     assert _bytes_served(site, image_id) <= MIB
 
 
