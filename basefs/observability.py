@@ -16,8 +16,6 @@ QUIET_LIBRARIES = [
     "glanceclient=WARNING",
     "urllib3=WARNING",
     "requests=WARNING",
-    "httpx=WARNING",
-    "httpcore=WARNING",
     "hypercorn=WARNING",
     "stevedore=WARNING",
 ]
@@ -66,7 +64,11 @@ class _MaskingFormatter(logging.Formatter):
         self._inner = inner
 
     def format(self, record: logging.LogRecord) -> str:
-        text: str = strutils.mask_password(self._inner.format(record))
+        line = self._inner.format(record)
+        if not record.exc_info:
+            # oslo.log adds the exception being handled to what is logged meanwhile; our messages hold it already.
+            line = line.removesuffix(f": {getattr(record, 'error_summary', '')}")
+        text: str = strutils.mask_password(line)
         return text
 
 

@@ -1,7 +1,7 @@
 """The command `basefs`: global options, the list of commands, exit codes.
 
 0 is success, 1 a failure said in one line on stderr, 2 a wrong command line, 130 Ctrl-C. Modules that take long
-to import (keystoneauth, httpx, rich) are imported by the commands that need them.
+to import (keystoneauth, rich) are imported by the commands that need them.
 """
 
 import argparse

@@ -90,8 +90,7 @@ def _processes(settings: Settings) -> Iterator[Finding]:
 
 def _control_socket(settings: Settings) -> Finding:
     try:
-        with ControlClient(settings.control_socket, answer_deadline_s=ANSWER_DEADLINE_S) as client:
-            status = client.status()
+        status = ControlClient(settings.control_socket, answer_deadline_s=ANSWER_DEADLINE_S).status()
     except ControlError as exc:
         return error("control socket", str(exc))
     detail = f"{settings.control_socket}: {status.get('state')}, {status.get('images')} images"

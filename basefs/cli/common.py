@@ -38,7 +38,7 @@ class BasefsCommand(Command):
         return self.app.settings
 
     def client(self) -> "ControlClient":
-        """A client for the running server; a context manager."""
+        """A client for the running server."""
         from basefs.control.client import ControlClient
 
         return ControlClient(self.settings.control_socket)

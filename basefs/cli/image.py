@@ -22,8 +22,7 @@ class ImageList(BasefsCommand, Lister):
 
     def take_action(self, _parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], Iterator[tuple[Any, ...]]]:
         """Names and rows for cliff."""
-        with self.client() as client:
-            images = client.images()
+        images = self.client().images()
         rows = (tuple(cell(name, image.get(name)) for name in LIST_COLUMNS) for image in images)
         return LIST_COLUMNS, rows
 
@@ -41,8 +40,7 @@ class ImageShow(_ImageCommand, ShowOne):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """Names and values for cliff."""
-        with self.client() as client:
-            return columns_of(client.image(parsed_args.ref))
+        return columns_of(self.client().image(parsed_args.ref))
 
 
 class ImageEvict(_ImageCommand):
@@ -50,8 +48,7 @@ class ImageEvict(_ImageCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Returns when the bytes are gone."""
-        with self.client() as client:
-            answer = client.evict(parsed_args.ref)
+        answer = self.client().evict(parsed_args.ref)
         self.app.stdout.write(f"evicted {human_bytes(answer['evicted_bytes'])}\n")
 
 
@@ -79,21 +76,20 @@ class ImageWarm(_ImageCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         """0 when all is here, or was handed over; 1 when it failed, 130 after Ctrl-C."""
-        with self.client() as client:
-            if not parsed_args.is_waiting:
-                progress = client.start_warm(parsed_args.ref)
-                self.app.stdout.write(f"{_describe(progress)}; the server goes on by itself\n")
-                return 0
-            reporter = _reporter(self.app.stdout)
-            last: dict[str, Any] = {}
-            try:
-                with closing(client.warm(parsed_args.ref)) as progresses, reporter:
-                    for last in progresses:
-                        reporter.show(last)
-            except KeyboardInterrupt:
-                here = f"; {_describe(last)} and stays cached" if last else ""
-                say_error(f"stopped{here}")
-                return INTERRUPTED
+        client = self.client()
+        if not parsed_args.is_waiting:
+            progress = client.start_warm(parsed_args.ref)
+            self.app.stdout.write(f"{_describe(progress)}; the server goes on by itself\n")
+            return 0
+        last: dict[str, Any] = {}
+        try:
+            with closing(client.warm(parsed_args.ref)) as progresses, _reporter(self.app.stdout) as reporter:
+                for last in progresses:
+                    reporter.show(last)
+        except KeyboardInterrupt:
+            here = f"; {_describe(last)} and stays cached" if last else ""
+            say_error(f"stopped{here}")
+            return INTERRUPTED
         return self._outcome(last)
 
     def _outcome(self, last: dict[str, Any]) -> int:

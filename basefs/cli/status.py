@@ -13,5 +13,4 @@ class Status(BasefsCommand, ShowOne):
 
     def take_action(self, _parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """Names and values for cliff."""
-        with self.client() as client:
-            return columns_of(client.status())
+        return columns_of(self.client().status())

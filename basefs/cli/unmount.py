@@ -6,14 +6,13 @@ import errno
 import os
 import select
 import signal
-import sys
 import time
 from pathlib import Path
 
 from basefs import mounts, processes
-from basefs.cli.common import BasefsCommand
+from basefs.cli.common import BasefsCommand, say_error
 from basefs.errors import MountError
-from basefs.keeper_setup import lock_holder
+from basefs.keeper_setup import FUSECTL, lock_holder
 
 END_DEADLINE_S = 20.0
 """A keeper gives its server 5 s and kills it then."""
@@ -34,16 +33,22 @@ class Unmount(BasefsCommand):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        """Returns when the mount is gone; without `--lazy`, when keeper and server are, too."""
+        """Returns when the mount is gone and, unless its files are still in use, keeper and server are, too."""
         mountpoint = self.settings.mountpoint
         mount = _our_mount(mountpoint)
         pids = _pids_behind(mountpoint, self.settings.cache_dir)
-        is_dead = _unmount(mount, is_lazy=parsed_args.lazy)
-        users = processes.users_of(mount) if parsed_args.lazy and not is_dead else []
-        if users:
-            sys.stderr.write(f"basefs: still served until it is closed: {processes.describe_users(users)}\n")
+        users = processes.users_of(mount) if parsed_args.lazy else []
+        was_dead = _unmount(mount, is_lazy=parsed_args.lazy)
+        is_connected = False if was_dead else _is_connected(mount)
+        # Until the kernel has let go of the connection somebody may read a guest's disk through it: nobody is
+        # waited for, and above all nobody is killed.
+        if is_connected:
+            who = (
+                processes.describe_users(users) if users else "by another mount namespace, or by who opened it just now"
+            )
+            say_error(f"unmounted; its files are still served until they are closed: {who}")
             return
-        _wait_for_end(pids)
+        _wait_for_end(pids, may_kill=is_connected is False)
 
 
 def _our_mount(mountpoint: Path) -> mounts.Mount:
@@ -81,8 +86,15 @@ def _unmount(mount: mounts.Mount, *, is_lazy: bool) -> bool:
     return False
 
 
-def _wait_for_end(pids: list[int]) -> None:
-    """Wait until the processes have ended; a server without a keeper that hangs is killed."""
+def _is_connected(mount: mounts.Mount) -> bool | None:
+    """Whether the kernel still has the FUSE connection of a mount that was taken away; None if it does not tell."""
+    if mounts.mount_at(FUSECTL) is None:
+        return None
+    return os.path.isdir(f"{FUSECTL}/{mount.minor}")
+
+
+def _wait_for_end(pids: list[int], *, may_kill: bool) -> None:
+    """Wait until the processes have ended; `may_kill` those that hang."""
     end = time.monotonic() + END_DEADLINE_S
     for pid in pids:
         try:
@@ -90,11 +102,13 @@ def _wait_for_end(pids: list[int]) -> None:
         except ProcessLookupError:
             continue
         try:
-            if not _has_ended(pidfd, end - time.monotonic()):
+            if _has_ended(pidfd, end - time.monotonic()):
+                continue
+            if may_kill:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                if not _has_ended(pidfd, PROBE_S):
-                    raise MountError(f"unmounted, but process {pid} does not end, not even by SIGKILL")
+            if not may_kill or not _has_ended(pidfd, PROBE_S):
+                raise MountError(f"unmounted, but process {pid} does not end; see its log")
         finally:
             os.close(pidfd)
 
