@@ -121,8 +121,8 @@ class Catalog:
     async def resolve(self, base_name: str) -> ImageEntry | None:
         """The image behind a name; None if Glance has none. A known, active one is answered at once.
 
-        Else Glance is asked: at most once a second for all names together, within `lookup_deadline_s`, and not
-        for what it was asked about less than 5 s ago. The answer may be an entry that is not active, or gone:
+        Else Glance is asked within `lookup_deadline_s`, at most once a second for all unknown names together, and
+        not for what it was asked about less than 5 s ago. The answer may be an entry that is not active, or gone:
         then Glance was asked, or could not be.
 
         Raises:
@@ -137,7 +137,11 @@ class Catalog:
             return entry
         try:
             with trio.fail_after(self._lookup_deadline_s):
-                await self._ask(base_name)
+                if entry is None:
+                    await self._ask(base_name)
+                else:
+                    # By its id: a list of changes does not name what a proxy's 404 made us call gone.
+                    await self._refresher.recheck(entry)
         except (errors.SourceError, errors.CacheError, trio.TooSlowError) as exc:
             if entry is not None or (entry := self._index.by_base_name(base_name)) is not None:
                 return entry

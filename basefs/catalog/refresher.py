@@ -125,7 +125,8 @@ class CatalogRefresher:
         except errors.ImageNotFoundError:
             self._set_gone(entry, is_gone=True)
         else:
-            await self._take([image], {})
+            # One image says nothing of what else changed until then.
+            await self._take([image], {}, is_list=False)
 
     async def _incremental(self) -> None:
         # At most one list a second, however many unknown names are asked for.
@@ -154,12 +155,14 @@ class CatalogRefresher:
         self.list_seen = max(self.list_seen, number)
         return images
 
-    async def _take(self, images: Iterable[Mapping[str, Any]], values: Mapping[str, str]) -> None:
+    async def _take(
+        self, images: Iterable[Mapping[str, Any]], values: Mapping[str, str], *, is_list: bool = True
+    ) -> None:
         """Store what is new and changed, then show it: numbers are never given out twice, not even by kill -9."""
         records = [record for image in images if (record := record_of(image)) is not None]
         async with self._taking:
             changed = {record.image_id: record for record in records if self._is_news(record)}
-            updated_since = _newest(self._updated_since, records)
+            updated_since = _newest(self._updated_since, records) if is_list else self._updated_since
             if updated_since is not None and updated_since != self._updated_since:
                 values = {**values, _UPDATED_SINCE: updated_since}
             if not changed and not values:

@@ -365,13 +365,38 @@ async def test_an_image_that_is_not_active_is_asked_about(glance, metadata, live
     await catalog.refresh(full=True)
     entry = await catalog.resolve(base_name_of(image))
     assert entry.record.status == "queued"
-    asked = len(metadata.lists)
+    asked = len(metadata.shows)
     assert await catalog.resolve(base_name_of(image)) is entry
-    assert len(metadata.lists) == asked
+    assert len(metadata.shows) == asked
     glance.change(image, status="active", size=1)
     await trio.sleep(6)
     assert await catalog.resolve(base_name_of(image)) is entry
     assert (entry.record.status, entry.size) == ("active", 1)
+
+
+async def test_an_image_called_gone_by_mistake_is_back_when_it_is_asked_for(glance, lives, autojump_clock):
+    image = glance.add(b"x")
+    for _ in range(30):
+        glance.add(b"later")
+    catalog = await lives.begin()
+    await catalog.refresh(full=True)
+    entry = catalog.by_id(image)
+    entry.is_gone = True
+    assert await catalog.resolve(base_name_of(image)) is entry
+    assert not entry.is_gone
+
+
+async def test_asking_about_one_image_hides_no_change_of_another(glance, metadata, lives):
+    first = glance.add(b"x", name="old")
+    second = glance.add(b"y")
+    catalog = await lives.begin()
+    await catalog.refresh(full=True)
+    glance.change(first, name="new")
+    for _ in range(30):
+        glance.change(second, name="changed")
+    await catalog.recheck(catalog.by_id(second))
+    await catalog.refresh()
+    assert catalog.by_id(first).record.name == "new"
 
 
 @pytest.mark.parametrize("error", [LOST, errors.SourceForbiddenError("401"), errors.SourceForbiddenError("403")])
