@@ -23,6 +23,9 @@ from basefs.sources.session import GlanceAccess
 
 UNSIZED_BYTES_MAX = 16 * 1024 * 1024
 """A 206 that does not tell its length is counted in memory before delivery; larger ones are refused."""
+READ_BYTES = 256 * 1024
+"""Taken off the socket at a time, in one go, and cut into pieces here: waiting for each 64 KiB piece by itself took
+twice the processor time (5.9 against 2.9 ms for 8 MiB) and delivers no sooner."""
 _ERROR_PAGE_BYTES_MAX = 4096
 _RANGE_REFUSED = (
     http.HTTPStatus.OK,
@@ -164,29 +167,36 @@ class GlanceSource:
 
     def _pieces(self, response: requests.Response, what: str, length: int, piece_bytes: int) -> Iterator[bytes]:
         """The next `length` bytes of the body, in pieces of `piece_bytes`; a torn piece is not delivered."""
-        received = 0
-        while received < length:
-            # Lets a cancelled flight go before the next piece; the connection is closed on the way out.
-            trio.from_thread.check_cancelled()
-            wanted = min(piece_bytes, length - received)
-            piece = self._read(response, what, wanted)
-            received += len(piece)
-            if len(piece) < wanted:
+        parts: list[bytes] = []
+        missing = min(piece_bytes, length)
+        delivered = received = 0
+        while delivered < length:
+            data = self._read(response, what, min(READ_BYTES, length - received))
+            if not data:
                 raise errors.SourceUnavailableError(f"{what}: the body ended after {received} of {length} bytes")
-            yield piece
+            received += len(data)
+            start = 0
+            while start < len(data):
+                part = data[start : start + missing]
+                parts.append(part)
+                start += len(part)
+                missing -= len(part)
+                if missing == 0:
+                    # Lets a cancelled flight go before the next piece; the connection is closed on the way out.
+                    trio.from_thread.check_cancelled()
+                    piece = parts[0] if len(parts) == 1 else b"".join(parts)
+                    yield piece
+                    parts.clear()
+                    delivered += len(piece)
+                    missing = min(piece_bytes, length - delivered)
 
-    def _read(self, response: requests.Response, what: str, length: int) -> bytes:
-        """`length` bytes of the body; fewer only at its end."""
+    def _read(self, response: requests.Response, what: str, length_max: int) -> bytes:
+        """What is there of the body, 1 to `length_max` bytes, after waiting for it; empty at its end."""
         with translated(what):
-            piece: bytes = response.raw.read(length, decode_content=False)
-            while piece and len(piece) < length:
-                more = response.raw.read(length - len(piece), decode_content=False)
-                if not more:
-                    break
-                piece += more
+            data: bytes = response.raw.read1(length_max, decode_content=False)
         with self._counting:
-            self.received_bytes += len(piece)
-        return piece
+            self.received_bytes += len(data)
+        return data
 
     def _range_status_error(self, response: requests.Response, what: str) -> errors.BasefsError:
         status = response.status_code

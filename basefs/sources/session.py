@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, TypeVarTuple
+from urllib.parse import urlsplit
 
 import requests
 from keystoneauth1 import exceptions as ksa
@@ -87,6 +88,38 @@ class GlanceSession(session.Session):
     ) -> str | None:
         """See keystoneauth; without a version at the end."""
         return _without_version(super().get_endpoint(auth, **kwargs))
+
+
+class _HttpSession(requests.Session):
+    """A `requests` session that looks for proxies and CA bundles in the environment once for each server.
+
+    `requests` does so for each request, which took a third of the processor time of a small one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # An `auth` of any kind keeps it from looking into ~/.netrc, too.
+        self.auth = _unchanged
+        self._environment: dict[tuple[object, ...], dict[str, Any]] = {}
+
+    def merge_environment_settings(  # type: ignore[override]  # of five arguments, unnamed in its types
+        self,
+        url: str,
+        proxies: Any,  # noqa: ANN401  requests' own signature
+        stream: bool | None,
+        verify: Any,  # noqa: ANN401
+        cert: Any,  # noqa: ANN401
+    ) -> dict[str, Any]:
+        """See requests."""
+        parts = urlsplit(url)
+        key = (parts.scheme, parts.netloc, stream, verify, cert)
+        if key not in self._environment:
+            self._environment[key] = dict(super().merge_environment_settings(url, proxies, stream, verify, cert))
+        return dict(self._environment[key])
+
+
+def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
 
 
 class GlanceAccess:
@@ -225,7 +258,7 @@ def open_glance(conf: cfg.ConfigOpts, *, threads_max: int, group: str = "glance"
 
 def _http_session(tls_ciphers: str | None, tls_min_version: TlsVersion, *, connections_max: int) -> requests.Session:
     """A `requests` session that keeps a connection for each of our threads."""
-    http = requests.Session()
+    http = _HttpSession()
     adapter = session.TCPKeepAliveAdapter(
         tls_ciphers=tls_ciphers,
         tls_min_version=tls_min_version,
