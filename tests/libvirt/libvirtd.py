@@ -58,6 +58,8 @@ if [ -e /dev/kvm ]; then    # that only root may use it as here makes libvirt pr
 fi
 mkdir -p /run/lock /var/log/libvirt /var/cache/libvirt /var/lib/libvirt {INSTANCES}
 mount --rbind "$INSTANCES" {INSTANCES}
+# Copies of other mounts would keep them alive when they are unmounted where they belong.
+grep ' - fuse.basefs ' /proc/self/mountinfo | cut -d ' ' -f 5 | grep -v '^{INSTANCES}/' | xargs -r umount -i -c -l
 add() {{
     grep -q "^libvirt-qemu:" /etc/$1 && return
     cp /etc/$1 /run/$1
