@@ -1,6 +1,6 @@
 """`make demo`: a real Glance, a real Debian image, basefs over `_base`, and a guest that boots from bytes not yet here.
 
-Ends by itself, in about two minutes once the guest image is built, and leaves nothing running or mounted.
+Ends by itself, in two minutes on an idle machine once the guest image is built; leaves nothing running or mounted.
 """
 
 import os
@@ -61,7 +61,7 @@ def upload(story: Story, rig: Rig, guest: Guest, scratch: Path) -> str:
 
 def look_at_mount(story: Story, mount: BasefsMount, image_id: str) -> None:
     """Show what nova would see."""
-    story.step("Every image is a file in _base, named as nova names it; nothing has been downloaded for it")
+    story.step("Every image is a file in _base, named as nova names it; only its head is here, for the checks")
     mount.wait_for_images(IMAGES)
     story.run("ls", "-ls", "_base", cwd=mount.instances_path)
     base = Path("_base", mount.path(image_id).name)
@@ -98,7 +98,7 @@ def show_status(story: Story, mount: BasefsMount, image_id: str, image_bytes: in
 def main() -> None:
     story = Story()
     print("basefs: every Glance image is a file in nova's _base at once; its bytes come when they are read.")
-    story.step("A real Debian 12 guest (debootstrap; two minutes the first time, kept under .cache)")
+    story.step("A real Debian 12 guest, made by debootstrap and kept under .cache")
     guest = build()
     story.say(str(guest.disk.relative_to(ROOT)))
     (ROOT / ".cache").mkdir(exist_ok=True)
