@@ -58,19 +58,19 @@ def front(qcow2: bytes) -> Iterator[MisbehavingFront]:
                 disk_format=disk_format,
                 container_format=container_format,
             )
-        running.glance.add(qcow2, id="a raw that is a qcow2")
-        running.glance.add(RAW, id="a qcow2 that is raw", disk_format="qcow2")
-        running.glance.add(RAW, id="an iso that is raw", disk_format="iso")
-        running.glance.add(gpt(), id="a raw that is a gpt disk")
+        running.glance.add(qcow2, id="a-raw-that-is-a-qcow2")
+        running.glance.add(RAW, id="a-qcow2-that-is-raw", disk_format="qcow2")
+        running.glance.add(RAW, id="an-iso-that-is-raw", disk_format="iso")
+        running.glance.add(gpt(), id="a-raw-that-is-a-gpt-disk")
         running.glance.add(RAW, id="signed", img_signature="c2lnbmVk", img_signature_hash_method="SHA-256")
         for status in ("queued", "saving", "deactivated", "killed", "pending_delete", "importing"):
-            running.glance.add(RAW, id=f"is {status}", status=status)
-        running.glance.add(b"", id="is empty")
+            running.glance.add(RAW, id=f"is-{status}", status=status)
+        running.glance.add(b"", id="is-empty")
         yield running
 
 
 def image_id(disk_format: str, container_format: str) -> str:
-    return f"{disk_format} in {container_format}"
+    return f"{disk_format}-in-{container_format}"
 
 
 @pytest.fixture(scope="module")
@@ -128,23 +128,23 @@ def test_a_refusal_says_why(front: MisbehavingFront, raw_view: BasefsMount) -> N
 
 def test_bytes_that_are_not_what_they_are_called(front: MisbehavingFront, raw_view: BasefsMount) -> None:
     """[S1103] An image whose bytes are not its `disk_format` is refused; a raw image may be a GPT disk."""
-    for image in ("a raw that is a qcow2", "a qcow2 that is raw", "an iso that is raw"):
+    for image in ("a-raw-that-is-a-qcow2", "a-qcow2-that-is-raw", "an-iso-that-is-raw"):
         assert shown(front, raw_view, image) == "refused"
-    assert shown(front, raw_view, "a raw that is a gpt disk") == "the stored bytes"
+    assert shown(front, raw_view, "a-raw-that-is-a-gpt-disk") == "the stored bytes"
 
 
 def test_bytes_that_are_not_what_they_are_called_with_the_stored_view(
     front: MisbehavingFront, stored_view: BasefsMount
 ) -> None:
     """[S1103] An image whose bytes are not its `disk_format` is refused; a raw image may be a GPT disk."""
-    for image in ("a raw that is a qcow2", "a qcow2 that is raw", "an iso that is raw"):
+    for image in ("a-raw-that-is-a-qcow2", "a-qcow2-that-is-raw", "an-iso-that-is-raw"):
         assert shown(front, stored_view, image) == "refused"
 
 
 def test_only_active_images(front: MisbehavingFront, raw_view: BasefsMount) -> None:
     """[S1104] An image that is not active is refused, and shown once it is active."""
     for image in sorted(front.glance.images):
-        if image.startswith("is "):
+        if image.startswith("is-"):
             assert shown(front, raw_view, image) == "refused"
 
 
