@@ -25,20 +25,13 @@ LINE_FORMAT = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(name)s %(mess
 """The same for the server (here) and the keeper (which knows the standard library only)."""
 
 
-def set_up_logging(conf: cfg.ConfigOpts, *, is_command: bool = False) -> None:
-    """Send log records where [DEFAULT] of the configuration says: a file, journald, syslog, else stderr.
-
-    A command (`is_command`) logs warnings to stderr only, or everything with `debug`: its results go to stdout,
-    and the server's log file is not its own.
-    """
-    if is_command:
-        logging.basicConfig(level=logging.DEBUG if conf.debug else logging.WARNING, format=LINE_FORMAT)
-    else:
-        conf.set_default("default_log_levels", QUIET_LIBRARIES)
-        for name in ("logging_context_format_string", "logging_default_format_string"):
-            conf.set_default(name, LINE_FORMAT)
-        conf.set_default("log_file", LOG_NAME if conf.log_dir else None)
-        oslo_log.setup(conf, "basefs")
+def set_up_logging(conf: cfg.ConfigOpts) -> None:
+    """Send the server's records where [DEFAULT] of the configuration says: a file, journald, syslog, else stderr."""
+    conf.set_default("default_log_levels", QUIET_LIBRARIES)
+    for name in ("logging_context_format_string", "logging_default_format_string"):
+        conf.set_default(name, LINE_FORMAT)
+    conf.set_default("log_file", LOG_NAME if conf.log_dir else None)
+    oslo_log.setup(conf, "basefs")
     mask_secrets(logging.getLogger())
 
 

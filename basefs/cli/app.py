@@ -93,8 +93,13 @@ class BasefsApp(App):
         handler = logging.StreamHandler(self.stderr)
         handler.setLevel(logging.DEBUG if self.options.debug else logging.ERROR)
         handler.setFormatter(logging.Formatter("basefs: %(levelname)s: %(message)s"))
-        logging.getLogger().addHandler(handler)
-        logging.getLogger().setLevel(logging.DEBUG if self.options.debug else logging.WARNING)
+        root = logging.getLogger()
+        root.addHandler(handler)
+        root.setLevel(logging.DEBUG if self.options.debug else logging.WARNING)
+        if self.options.debug:
+            from basefs.observability import mask_secrets
+
+            mask_secrets(root)
 
     def interact(self) -> None:
         """There is no shell of our own: `basefs` alone shows what there is."""
