@@ -1,4 +1,4 @@
-"""One mount for a whole folder of tests, taken away and looked at once."""
+"""Mounts for tests with real guests: one for a whole folder, and who serves it."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,3 +22,11 @@ def shared_mount(directory: Path, rig: Rig, options: Mapping[str, object] | None
         mount.stop()
     complaints = [line for line in mount.log_text.splitlines() if LEVELS_NOT_EXPECTED.search(line)]
     assert complaints == []
+
+
+def server_pid(mount: BasefsMount) -> int:
+    """The process that answers the kernel: the keeper's child."""
+    argv = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in mount.pids()}
+    (keeper,) = (pid for pid, arguments in argv.items() if b"basefs.keeper" in arguments)
+    (server,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    return int(server)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ExpectedWarnings, MountFactory
+from tests.qemu.shared_mount import server_pid
 from tools.guest import BootResult, Guest, boot, build, create_overlay
-from tools.mount import BasefsMount
 from tools.rig import Rig
 
 pytestmark = [pytest.mark.guest, pytest.mark.mount, pytest.mark.glance]
@@ -68,11 +68,3 @@ def test_a_guest_does_not_notice_that_the_server_is_killed_again_and_again(
             os.kill(servers[-1], signal.SIGKILL)
         assert_healthy(booting.result(), guest)
     assert len(set(servers)) == len(servers), "each kill hit another server"
-
-
-def server_pid(mount: BasefsMount) -> int:
-    """The process that answers the kernel: the keeper's child."""
-    argv = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in mount.pids()}
-    (keeper,) = (pid for pid, arguments in argv.items() if b"basefs.keeper" in arguments)
-    (server,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    return int(server)
