@@ -95,7 +95,9 @@ def test_the_server_logs_to_the_configured_file_with_secrets_masked(tmp_path):
         "[glance]\nauth_type = none\nendpoint_override = http://127.0.0.1:1\n"
     )
     code = (
-        "import logging, sys\nfrom basefs.config import load_settings\nfrom basefs.observability import set_up_logging\n"
+        "import logging, sys\n"
+        "from basefs.config import load_settings\n"
+        "from basefs.observability import set_up_logging\n"
         "set_up_logging(load_settings([sys.argv[1]])[0])\n"
         f"logging.getLogger('basefs.x').warning('password = {SECRET}')\n"
         "logging.getLogger('keystoneauth.session').info('chatter')\n"
