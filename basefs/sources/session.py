@@ -13,6 +13,7 @@ from oslo_config import cfg
 
 from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
+from basefs.sources.exchange import InterruptibleAdapter, run_interruptibly
 from basefs.sources.http_errors import safe_text, translated
 
 TlsVersion = Literal["1.2", "1.3"] | None
@@ -137,10 +138,13 @@ class GlanceAccess:
         self._metadata_calls = BlockingCalls("glance-metadata", threads_max=METADATA_THREADS_MAX)
 
     async def call(self, threads: BlockingCalls, fn: Callable[[*Ts], T], *args: *Ts) -> T:
-        """The result of `fn(*args)` in a thread of `threads`; `contact` learns how it went."""
+        """The result of `fn(*args)` in a thread of `threads`; `contact` learns how it went.
+
+        Cancellation: ends a request under way by shutting its connection down, and waits for the thread.
+        """
         began = time.monotonic()
         try:
-            result = await threads.run(fn, *args)
+            result = await run_interruptibly(threads, fn, *args)
         except errors.BasefsError as exc:
             answered = self.session.answered_at >= began
             if not answered or isinstance(exc, errors.SourceUnavailableError | errors.SourceForbiddenError):
@@ -181,7 +185,7 @@ class GlanceAccess:
             SourceForbiddenError, SourceUnavailableError: no token or no endpoint can be had.
         """
         # Not `call`: Keystone answering says nothing about Glance.
-        return await self._metadata_calls.run(self._identity)
+        return await run_interruptibly(self._metadata_calls, self._identity)
 
     def _identity(self) -> Identity:
         with translated("who are we"):
@@ -259,7 +263,7 @@ def open_glance(conf: cfg.ConfigOpts, *, threads_max: int, group: str = "glance"
 def _http_session(tls_ciphers: str | None, tls_min_version: TlsVersion, *, connections_max: int) -> requests.Session:
     """A `requests` session that keeps a connection for each of our threads."""
     http = _HttpSession()
-    adapter = session.TCPKeepAliveAdapter(
+    adapter = InterruptibleAdapter(
         tls_ciphers=tls_ciphers,
         tls_min_version=tls_min_version,
         pool_connections=4,
