@@ -14,11 +14,13 @@ import contextlib
 import http.client
 import http.server
 import socket
+import ssl
 import struct
 import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -82,10 +84,11 @@ class Route:
 class MisbehavingFront:
     """Listens on a free port of the loopback from `__enter__` to `__exit__`."""
 
-    def __init__(self, upstream: str | None = None) -> None:
+    def __init__(self, upstream: str | None = None, *, certfile: Path | None = None) -> None:
         self.glance = MemoryGlance()
         """What is served without an `upstream`."""
         self.upstream = upstream
+        self._certfile = certfile
         self.tokens: set[str] | None = None
         """Tokens that are good; None: all, and none is needed."""
         self.extra_routes: dict[str, Route] = {}
@@ -99,6 +102,9 @@ class MisbehavingFront:
     def __enter__(self) -> Self:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.front = self
+        if self._certfile is not None:
+            self._server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._server.tls.load_cert_chain(self._certfile)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_TICK_S,), daemon=True)
         self._thread.start()
         return self
@@ -118,7 +124,8 @@ class MisbehavingFront:
     def url(self) -> str:
         """Where it listens, without a version."""
         assert self._server is not None
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        scheme = "http" if self._certfile is None else "https"
+        return f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def conf_lines(self) -> str:
         """The [glance] section of a basefs.conf that reaches this front."""
@@ -203,6 +210,7 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
     front: MisbehavingFront
+    tls: ssl.SSLContext | None = None
 
     def __init__(self, address: tuple[str, int], handler: type[http.server.BaseHTTPRequestHandler]) -> None:
         self._open: set[socket.socket] = set()
@@ -212,6 +220,17 @@ class _Server(http.server.ThreadingHTTPServer):
         self.front.connections += 1
         self._open.add(request)
         super().process_request(request, client_address)
+
+    def finish_request(self, request: socket.socket, client_address: object) -> None:
+        """In the connection's own thread: a slow handshake holds up nobody else."""
+        if self.tls is None:
+            super().finish_request(request, client_address)
+            return
+        with self.tls.wrap_socket(request, server_side=True) as wrapped:
+            self._open.discard(request)
+            self._open.add(wrapped)
+            super().finish_request(wrapped, client_address)
+            self._open.discard(wrapped)
 
     def shutdown_request(self, request: socket.socket) -> None:
         self._open.discard(request)
