@@ -90,9 +90,9 @@ def resolved(path: str | os.PathLike[str]) -> Path:
         if name == "..":
             done = os.path.dirname(done)
             continue
-        if done in ours:
-            return Path(done, name, *pending[::-1])
         candidate = os.path.join(done, name)
+        if candidate in ours:
+            return Path(os.path.normpath(os.path.join(candidate, *pending[::-1])))
         try:
             target = os.readlink(candidate)
         except OSError:
@@ -108,7 +108,7 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 
 
 def without_auto_invalidation(init_answer: bytes) -> bytes:
-    """libfuse's answer to FUSE_INIT, less FUSE_AUTO_INVAL_DATA, which pyfuse3 cannot turn off.
+    """Libfuse's answer to FUSE_INIT, less FUSE_AUTO_INVAL_DATA, which pyfuse3 cannot turn off.
 
     With it the kernel asks for the attributes before every read once they are a second old, and drops the answer
     if an asynchronous read was completed meanwhile (fs/fuse/file.c: fuse_aio_complete): a guest with several reads
