@@ -62,6 +62,14 @@ class LowerTree:
         """Handles that were not released; each costs an fd."""
         return len(self._files)
 
+    @property
+    def may_keep_pages(self) -> bool:
+        """Whether the kernel may keep a file's pages from one open to the next (`FileInfo.keep_cache`).
+
+        Not where another host may have written to the file meanwhile.
+        """
+        return self._calls.status_in_memory
+
     async def close(self) -> None:
         """Closes every fd, after the last request. What is still open in the kernel has lost its file."""
         await self._calls.run(disk.close_all, self._files.clear() + self._inodes.table.clear())

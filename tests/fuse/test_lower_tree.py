@@ -17,7 +17,7 @@ import trio.testing
 
 from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
-from basefs.fuse import lower, lower_disk
+from basefs.fuse import lower, lower_disk, lower_holding, lower_xattrs
 from basefs.fuse.lower import LowerTree
 
 ROOT = 1
@@ -169,6 +169,8 @@ async def test_symlink_is_never_followed(tree: LowerTree, lower_dir: Path, tmp_p
     assert os.stat(outside).st_uid == 0
     assert os.listdir(outside) == ["secret"]
     assert await tree.readlink(inode) == bytes(outside)
+    os.symlink("../outside", lower_dir / "relative")
+    assert stat.S_ISLNK((await tree.getattr(await inode_of(tree, b"relative"))).st_mode)
 
 
 async def test_name_too_long_is_the_lower_file_systems_error(tree: LowerTree) -> None:
@@ -225,6 +227,23 @@ async def test_inode_of_the_server_before_is_found_again(lower_dir: Path) -> Non
         # The kernel forgets with the counts of both servers' lives.
         await after.forget([(inode, 3), (top, 1)])
         assert after.known_inodes == 0
+
+
+async def test_one_search_serves_all_who_ask_for_an_inode(lower_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (lower_dir / "file").touch()
+    inode = 1 << 63 | os.stat(lower_dir / "file").st_ino
+    searches: list[int] = []
+
+    def count(root_fd: int, st_ino: int, entries_max: int) -> lower_disk.Found:
+        searches.append(st_ino)
+        return lower_disk.find_inode(root_fd, st_ino, entries_max)
+
+    monkeypatch.setattr(lower_holding, "find_inode", count)
+    async with tree_over(lower_dir) as tree:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(tree.getattr, inode)
+    assert len(searches) == 1
 
 
 async def test_inode_that_is_gone_is_not_found_again(lower_dir: Path) -> None:
@@ -427,6 +446,22 @@ async def test_error_in_a_later_part_of_a_listing_comes_with_the_next_request(
 
 
 # --- open files
+
+
+@pytest.mark.parametrize("local", [True, False])
+async def test_pages_are_kept_over_opens_on_file_systems_of_this_host_only(
+    lower_dir: Path, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    monkeypatch.setattr(lower, "stays_in_memory", lambda fd: local and fd >= 0)
+    async with tree_over(lower_dir) as tree:
+        assert tree.may_keep_pages is local
+
+
+@pytest.mark.parametrize(("path", "local"), [("/dev/shm", True), ("/proc", False)])
+def test_only_file_systems_known_to_be_of_this_host_count_as_such(path: str, local: bool) -> None:
+    fd = os.open(path, os.O_PATH)
+    assert lower.stays_in_memory(fd) is local
+    os.close(fd)
 
 
 async def test_handles_count_up_from_the_first_and_are_not_used_again(tree: LowerTree, lower_dir: Path) -> None:
@@ -799,4 +834,38 @@ async def test_file_released_during_a_read_is_closed_after_it(lower_dir: Path, m
             assert tree.open_files == 0
             go_on.set()
         assert got == [b"bytes"]
+        assert open_fds() == before
+
+
+@pytest.mark.parametrize("meanwhile", ["forgotten", "looked up"])
+async def test_inode_in_use_keeps_its_fd(lower_dir: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str) -> None:
+    """Neither the kernel's forget nor a lookup that brings a newer fd may close the one that a thread works on."""
+    (lower_dir / "file").write_bytes(b"bytes")
+    os.setxattr(lower_dir / "file", "user.a", b"value")
+    begun, go_on = Event(), Event()
+    get_attribute = lower_xattrs.get_attribute
+
+    def slow(fd: int, name: bytes) -> bytes:
+        begun.set()
+        go_on.wait(20)
+        return get_attribute(fd, name)
+
+    monkeypatch.setattr(lower_xattrs, "get_attribute", slow)
+    async with tree_over(lower_dir) as tree:
+        before = open_fds()
+        inode = await inode_of(tree, b"file")
+        got: list[bytes] = []
+
+        async def get() -> None:
+            got.append(await tree.getxattr(inode, b"user.a"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(get)
+            await trio.to_thread.run_sync(begun.wait)
+            if meanwhile == "looked up":
+                await inode_of(tree, b"file")
+            await tree.forget([(inode, tree.lookups)])
+            assert tree.known_inodes == 0
+            go_on.set()
+        assert got == [b"value"]
         assert open_fds() == before

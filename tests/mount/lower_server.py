@@ -121,7 +121,7 @@ class LowerOnly(pyfuse3.Operations):
 
     async def open(self, inode, flags, ctx):
         with ANSWERS:
-            return pyfuse3.FileInfo(fh=await self.tree.open(inode, flags), keep_cache=True)
+            return pyfuse3.FileInfo(fh=await self.tree.open(inode, flags), keep_cache=self.tree.may_keep_pages)
 
     async def create(self, parent_inode, name, mode, flags, ctx):
         if name.startswith(b"appears."):
@@ -131,7 +131,7 @@ class LowerOnly(pyfuse3.Operations):
             os.close(fd)
         with ANSWERS:
             handle, entry = await self.tree.create(parent_inode, name, mode, flags, ctx)
-            return pyfuse3.FileInfo(fh=handle, keep_cache=True), entry
+            return pyfuse3.FileInfo(fh=handle, keep_cache=self.tree.may_keep_pages), entry
 
     async def read(self, fh, off, size) -> Any:
         with ANSWERS:
