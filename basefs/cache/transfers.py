@@ -68,6 +68,7 @@ class ImageTransfers:
         self._services = services
         self._policy = ReadaheadPolicy.for_chunks(ledger.chunk_bytes, services.request_bytes_max)
         self._receivers: set[Receiver] = set()
+        self._flights: set[trio.CancelScope] = set()
         self._streaming = False
         self._disk_bad_until = -math.inf
         self._idle = trio.Event()
@@ -81,8 +82,8 @@ class ImageTransfers:
 
     @property
     def under_way(self) -> int:
-        """Transfers that have begun and not ended."""
-        return len(self._receivers)
+        """Flights and transfers that were started and have not ended; those that wait for a slot, too."""
+        return len(self._flights) + len(self._receivers)
 
     # --- starting flights -------------------------------------------------------------------------------
 
@@ -100,18 +101,18 @@ class ImageTransfers:
                 wanted += 1
             window = window_for_miss(states, index, wanted, self._policy)
             self._ledger.claim(window)
-            self._services.nursery.start_soon(self._fly, self._fly_demand, window.chunks)
+            self._start(self._fly_demand, window.chunks)
 
     def read_ahead(self, marker: int, length: int) -> None:
         """A reader has come to the marker of a window of `length` chunks: have the next one fetched. Best effort."""
         if not self.is_streamed and self.gate.is_open:
-            self._services.nursery.start_soon(self._fly, self._fly_ahead, marker, length)
+            self._start(self._fly_ahead, marker, length)
 
     def start_stream(self) -> None:
         """Have the whole image come from byte 0, unless it is coming already."""
         if not self._streaming:
             self._streaming = True
-            self._services.nursery.start_soon(self._fly, self._fly_stream)
+            self._start(self._fly_stream)
 
     async def background(self, chunks_max: int) -> bool:
         """Fetch one run of at most `chunks_max` missing chunks at background priority; False when none is missing.
@@ -133,7 +134,9 @@ class ImageTransfers:
         return True
 
     def stop(self) -> None:
-        """Ask what is under way to end at its next piece."""
+        """Have what is under way end now; what a flight that is not ours brings ends at its next piece."""
+        for scope in self._flights:
+            scope.cancel()
         for receiver in self._receivers:
             receiver.stop = True
 
@@ -143,12 +146,30 @@ class ImageTransfers:
 
     # --- flights ----------------------------------------------------------------------------------------
 
-    async def _fly(self, flight: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        """Ends with its flight; cancelled with the service. A bug in a flight must not end the mount."""
+    def _start(self, flight: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        scope = trio.CancelScope()
+        self._flights.add(scope)
+        self._begin()
+        self._services.nursery.start_soon(self._fly, scope, flight, *arguments)
+
+    async def _fly(self, scope: trio.CancelScope, flight: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Ends with its flight; cancelled by `stop` and with the service. A bug in a flight must not end the mount."""
         try:
-            await flight(*arguments)
+            with scope:
+                await flight(*arguments)
         except Exception:
             log.exception("image %s: bug in a transfer", self._entry.image_id)
+        finally:
+            self._flights.discard(scope)
+            self._end()
+
+    def _begin(self) -> None:
+        if self._idle.is_set():
+            self._idle = trio.Event()
+
+    def _end(self) -> None:
+        if not self.under_way:
+            self._idle.set()
 
     async def _fly_demand(self, chunks: range) -> None:
         try:
@@ -259,15 +280,13 @@ class ImageTransfers:
         token = trio.lowlevel.current_trio_token()
         receiver = Receiver(usable, self._ledger.chunk_bytes, self._arrived, token, present=present)
         self._receivers.add(receiver)
-        if self._idle.is_set():
-            self._idle = trio.Event()
+        self._begin()
         return receiver
 
     def end_receiver(self, receiver: Receiver) -> None:
         """The transfer is over."""
         self._receivers.discard(receiver)
-        if not self._receivers:
-            self._idle.set()
+        self._end()
 
     def _arrived(self, first: int, length: int, unstored: bytes | None, error: errors.CacheError | None) -> None:
         """See `Arrived`."""

@@ -4,9 +4,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
+from basefs import errors
 from basefs.cache.chunk_file import data_path
 from basefs.cache.transfers import FetchCounters, FetchServices
 from basefs.concurrency.priority_slots import PrioritySlots
@@ -22,11 +24,13 @@ PATIENCE = Patience(deadline_s=30, is_guest=False)
 
 
 @asynccontextmanager
-async def a_handler(directory: Path) -> AsyncIterator[DownloadingTemplateImageHandler]:
+async def a_handler(
+    directory: Path, source: MemorySource | None = None
+) -> AsyncIterator[DownloadingTemplateImageHandler]:
     async with trio.open_nursery() as nursery:
         services = FetchServices(
             nursery=nursery,
-            source=MemorySource({IMAGE_ID: IMAGE}),
+            source=source or MemorySource({IMAGE_ID: IMAGE}),
             slots=PrioritySlots(4, reserved=2),
             stream_slots=PrioritySlots(2, reserved=0),
             disk=BlockingCalls("disk", threads_max=4),
@@ -78,3 +82,28 @@ async def test_removing_waits_for_an_opening_under_way(tmp_path: Path) -> None:
             await handler.remove_image(entry)
             assert not data_path(tmp_path, image_inode(entry.number)).exists()
             assert entry.local.cached_bytes == 0
+
+
+async def test_removing_does_not_wait_for_transfers_that_hang(tmp_path: Path) -> None:
+    image = IMAGE * 40
+    source = MemorySource({IMAGE_ID: image}, hold=trio.Event())
+    assert source.hold is not None
+    entry = make_entry(len(image))
+    async with a_handler(tmp_path, source) as handler:
+        prepared = await handler.fetch_image(entry)
+
+        async def try_to_read(offset: int) -> None:
+            with pytest.raises(errors.DeadlineExceededError):
+                await prepared.read(offset, 10, Patience(deadline_s=0.05, is_guest=False))
+
+        # More than there are slots: some flights hang in the source, others wait for a slot.
+        async with trio.open_nursery() as nursery:
+            for n in range(8):
+                nursery.start_soon(try_to_read, n * len(image) // 8)
+        with trio.fail_after(5):
+            await handler.remove_image(entry)
+        source.hold.set()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert entry.local.cached_bytes == 0
+        again = await handler.fetch_image(entry)
+        assert await again.read(0, len(image), PATIENCE) == image

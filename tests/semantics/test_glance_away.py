@@ -188,3 +188,19 @@ def test_a_deactivated_image(front: MisbehavingFront, mount: BasefsMount, ids: I
         front.glance.change(image_id, status="active")
     eventually(lambda: mount.path(unused).exists())
     assert mount.path(unused).read_bytes() == mount.path(used).read_bytes() == DATA
+
+
+def test_unlink_while_a_transfer_hangs(outage: MisbehavingFront, mount: BasefsMount, image_id: str) -> None:
+    """[S811] unlink, and an open after it, do not wait for a transfer that hangs in Glance."""
+    path = mount.path(image_id)
+    path.stat()
+    outage.on("/file").respond(answers.hang(threading.Event()))
+    with opened(path, os.O_RDONLY | os.O_DIRECT) as fd:
+        assert errno_of(lambda: os.pread(fd, 10, 2_500_000)) == "EIO"
+    begun = time.monotonic()
+    path.unlink()
+    path.open("rb").close()
+    assert time.monotonic() - begun < SLACK_S
+    outage.behave()
+    eventually(lambda: errno_of(path.read_bytes) is None)
+    assert path.read_bytes() == DATA
