@@ -51,6 +51,7 @@ class ServableGate:
         self._checks: SingleFlight[int, None] = SingleFlight(nursery)
         self._inspections = BlockingCalls("inspections", threads_max=2)
         self._logged: dict[int, str] = {}
+        self._denied: dict[int, str] = {}
 
     def verdict(self, entry: ImageEntry) -> Verdict:
         """What is known now, without asking anybody; `unchecked` when the content was not looked at yet."""
@@ -62,6 +63,11 @@ class ServableGate:
             record = replace(record, status="active")
         by_metadata = metadata_verdict(record, view=self._view, verify_signatures=self._verify_signatures)
         return by_metadata if by_metadata.state == "refused" else entry.verdict
+
+    def refused_reason(self, entry: ImageEntry) -> str | None:
+        """Why the image is not shown; also where its bytes could not be checked when it was last looked up."""
+        verdict = self.verdict(entry)
+        return self._denied.get(entry.number) if verdict.state == "unchecked" else verdict.reason
 
     def _is_kept(self, entry: ImageEntry) -> bool:
         return entry.size > 0 and entry.local.cached_bytes == entry.size
@@ -115,7 +121,9 @@ class ServableGate:
             except errors.SourceError as exc:
                 # Not ours to have (403) or broken in the store: nova's own download will tell its user so.
                 self._log_once(entry, str(exc))
+                self._denied[entry.number] = str(exc)
                 raise errors.ImageRefusedError(str(exc)) from exc
+        self._denied.pop(entry.number, None)
         entry.local.source_kind, entry.local.source_reason = probe.kind, probe.reason
         # In a thread: inspecting 256 KiB takes 5-20 ms.
         record = entry.record

@@ -29,7 +29,6 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
 def image_report(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler, view: str) -> dict[str, Any]:
     """Everything about one image, as JSON values. Holds no secret."""
     record, local = entry.record, entry.local
-    verdict = gate.verdict(entry)
     return {
         "id": entry.image_id,
         "name": record.name,
@@ -46,5 +45,5 @@ def image_report(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHa
         "source": local.source_kind,
         "source_reason": local.source_reason,
         "open_handles": handler.open_handles(entry),
-        "refused_reason": verdict.reason if verdict.state == "refused" else None,
+        "refused_reason": gate.refused_reason(entry),
     }

@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
 from tests.semantics.conftest import errno_of, front_mount, report
 from tests.semantics.test_quotes import DOCUMENT
@@ -124,6 +125,13 @@ def test_a_refusal_says_why(front: MisbehavingFront, raw_view: BasefsMount) -> N
     part.rename(raw_view.path(image))
     assert raw_view.path(image).read_bytes() == b"converted by nova"
     raw_view.path(image).unlink()
+    # Not to be had by basefs: its next look-up tries again.
+    denied = front.glance.add(RAW, id="denied")
+    front.on("/denied/file").respond(answers.status(403))
+    assert errno_of(raw_view.path(denied).stat) == "ENOENT"
+    assert "403" in raw_view.image(denied)["refused_reason"]
+    front.behave()
+    assert shown(front, raw_view, denied) == "the stored bytes"
 
 
 def test_bytes_that_are_not_what_they_are_called(front: MisbehavingFront, raw_view: BasefsMount) -> None:
