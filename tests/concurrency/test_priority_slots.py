@@ -61,9 +61,7 @@ def test_a_reserve_of_everything_is_refused() -> None:
         PrioritySlots(2, reserved=2)
 
 
-steps = st.lists(
-    st.tuples(st.sampled_from(["start", "finish", "cancel"]), st.booleans(), st.integers(0, 30)), max_size=40
-)
+step = st.tuples(st.sampled_from(["start", "finish", "cancel"]), st.booleans(), st.integers(0, 30))
 
 
 @settings(deadline=None, max_examples=60)
