@@ -40,7 +40,10 @@ class Taken:
         return b"".join(piece for _, piece in self.pieces)
 
 
-@pytest.fixture(params=["memory", "front", pytest.param("glance", marks=pytest.mark.glance)])
+REAL = [pytest.param(name, marks=pytest.mark.glance) for name in ("glance", "front before glance")]
+
+
+@pytest.fixture(params=["memory", "front", *REAL])
 def source_and_image(request, tmp_path):
     """A source, an image of DATA in it, and an id that nobody has."""
     absent = "00000000-0000-4000-8000-000000000000"
@@ -53,9 +56,10 @@ def source_and_image(request, tmp_path):
             access.close()
     else:
         rig = request.getfixturevalue("rig")
-        access = access_to(tmp_path, rig.conf_lines())
-        yield GlanceSource(access, threads_max=8), rig.upload(DATA, "contract"), absent
-        access.close()
+        with MisbehavingFront(upstream=rig.glance_url) as front:
+            access = access_to(tmp_path, rig.conf_lines() if request.param == "glance" else front.conf_lines())
+            yield GlanceSource(access, threads_max=8), rig.upload(DATA, "contract"), absent
+            access.close()
 
 
 @pytest.fixture
