@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 MESSAGE_BYTES_MAX = 64 * 1024
-INIT_BYTES_MAX = 1024 * 1024
 
 
 class ServerProcess:
@@ -55,12 +54,18 @@ class ServerProcess:
             socket.send_fds(self.control, [json.dumps(message).encode()], list(fds))
 
     def receive(self) -> dict[str, Any] | None:
-        """The next datagram, waiting for it; None when the server closed its end."""
+        """The next datagram, waiting for it; None when the server closed its end. What is no message has no type."""
         try:
             data = self.control.recv(MESSAGE_BYTES_MAX)
         except ConnectionResetError:
             return None
-        return json.loads(data) if data else None
+        if not data:
+            return None
+        try:
+            message = json.loads(data)
+        except ValueError:
+            return {}
+        return message if isinstance(message, dict) else {}
 
     def end(self, *, grace_s: float) -> int:
         """Ask the server to end, kill it after `grace_s` seconds; what it ended with (negative: a signal)."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from basefs.cli.common import BasefsCommand
 from basefs.errors import ConfigError, MountError
-from basefs.keeper import KeeperSpec, command_line
+from basefs.keeper_spec import KeeperSpec, command_line
 
 START_DEADLINE_S = 60.0
 ANSWER_SLACK_S = 15.0

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from basefs import mounts
-from basefs.keeper import KeeperSpec, command_line
+from basefs.keeper_spec import KeeperSpec, command_line
 
 STUB = Path(__file__).with_name("stub_server.py")
 DEADLINE_S = 30.0

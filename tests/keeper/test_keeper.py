@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import select
@@ -154,6 +155,37 @@ def _wait_for_starts(mounting, count: int) -> None:
             assert not select.select([pidfd], [], [], 0.05)[0], "the keeper ended"
         finally:
             os.close(pidfd)
+
+
+def test_a_server_program_that_goes_missing_is_waited_for(mounting, tmp_path):
+    program = tmp_path / "server"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    keeper = mounting.start_ready(server_command=[str(program), mounting.spec.server_command[1]])
+    program.rename(tmp_path / "away")
+    os.kill(mounting.server_pids()[-1], signal.SIGKILL)
+    keeper.wait_for_log(f"cannot start {program}: No such file or directory; trying again")
+    (tmp_path / "away").rename(program)
+    keeper.wait_for_log("again")
+    assert (mounting.mountpoint / "img").read_bytes() == CONTENT
+
+
+def test_a_full_cache_disk_does_not_keep_the_mount_without_a_server(mounting):
+    cache = Path(mounting.spec.cache_dir)
+    cache.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(cache)], check=True)
+    try:
+        keeper = mounting.start_ready()
+        (cache / "lock").write_bytes(b"")
+        with contextlib.suppress(OSError):
+            (cache / "fill").write_bytes(bytes(1 << 20))
+        os.kill(mounting.server_pids()[-1], signal.SIGKILL)
+        keeper.wait_for_log("again")
+        assert (mounting.mountpoint / "img").read_bytes() == CONTENT
+        keeper.process.send_signal(signal.SIGTERM)
+        assert keeper.wait() == 0
+    finally:
+        subprocess.run(["umount", "-l", str(cache)], check=True)
 
 
 def test_a_stop_while_a_file_is_open_is_refused_and_logged(mounting):
