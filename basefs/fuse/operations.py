@@ -275,7 +275,7 @@ class Operations(pyfuse3.Operations):
             return await self._images.open_image(self._images.entry_of(number), flags, ctx)
         if self._virtual.owns(inode):
             return self._virtual.open(inode, flags)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(await self._lower.open(inode, flags)))
+        return self._lower_file(await self._lower.open(inode, flags))
 
     @edge
     async def create(
@@ -290,7 +290,10 @@ class Operations(pyfuse3.Operations):
         self.requests["create"] += 1
         self._check_writable(parent_inode, name)
         handle, attributes = await self._lower.create(parent_inode, name, mode, flags, ctx)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle)), attributes
+        return self._lower_file(handle), attributes
+
+    def _lower_file(self, handle: int) -> pyfuse3.FileInfo:
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=self._lower.may_keep_pages)
 
     @edge
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import sys
 
 import trio
@@ -25,6 +26,9 @@ def main() -> int:
         KeeperChannel(arguments.keeper_fd).send({"type": "failed", "error": str(exc)})
         return 1
     set_up_logging(conf)
+    # Every lower file that the kernel knows of and every image in use costs an fd or two.
+    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
     try:
         trio.run(serve, arguments, conf, settings)
     except errors.BasefsError as exc:

@@ -4,6 +4,8 @@ libfuse takes an already open fd for a mount point of the form `/dev/fd/N`. Firs
 over which the keeper sends the kernel's FUSE_INIT; then the `/dev/fuse` fd takes its number (dup2).
 """
 
+import errno
+import logging
 import os
 
 import pyfuse3
@@ -14,6 +16,13 @@ from basefs.service.keeper_channel import KeeperChannel
 TASKS_MAX = 1000
 """Requests worked on at a time. Waiting reads hold one each, so few of them would stop `stat`; pyfuse3's 99 is few.
 Each costs about 8 KiB of memory while it waits."""
+
+
+class _RepliesToNobody(logging.Filter):
+    """Drops pyfuse3's records of replies to requests that the kernel has withdrawn, as it does while unmounting."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().endswith(f"failed with {os.strerror(errno.ENOENT)}")
 
 
 async def serve_session(
@@ -28,6 +37,7 @@ async def serve_session(
     Raises:
         MountError: the keeper ended during the handshake.
     """
+    logging.getLogger("pyfuse3").addFilter(_RepliesToNobody())
     pyfuse3.init(operations, f"/dev/fd/{session_fd}", set())
     try:
         channel.send({"type": "prepared"})

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import requests
 from keystoneauth1 import exceptions as ksa
-from keystoneauth1 import loading, plugin, session
+from keystoneauth1 import loading, noauth, plugin, session
 from oslo_config import cfg
 
 from basefs import errors
@@ -121,6 +121,14 @@ class _HttpSession(requests.Session):
 
 def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
+
+
+class _Anonymous(noauth.NoAuth):
+    """`auth_type = none` that sends no token at all; keystoneauth's sends "notused", which a Glance may refuse."""
+
+    def get_headers(self, session: Any) -> dict[str, str]:  # noqa: ANN401, ARG002  (keystoneauth's signature)
+        """No headers."""
+        return {}
 
 
 class GlanceAccess:
@@ -237,6 +245,8 @@ def open_glance(conf: cfg.ConfigOpts, *, threads_max: int, group: str = "glance"
         auth = loading.load_auth_from_conf_options(conf, group)
         if auth is None:
             raise errors.ConfigError(f"[{group}] auth_type is not set")
+        if isinstance(auth, noauth.NoAuth):
+            auth = _Anonymous(endpoint=auth.endpoint)
         http = _http_session(
             section.tls_ciphers, section.tls_min_version, connections_max=threads_max + METADATA_THREADS_MAX
         )

@@ -28,8 +28,7 @@ class FakeAuth:
         for key in _STRIP:
             environ.pop(key, None)
         token = environ.get("HTTP_X_AUTH_TOKEN")
-        # keystoneauth's `none` plugin sends the token "notused".
-        if token in (None, "notused") and os.environ.get("RIG_ANON"):
+        if token is None and os.environ.get("RIG_ANON"):
             token = environ["HTTP_X_AUTH_TOKEN"] = os.environ["RIG_ANON"]
         expired = os.environ.get("RIG_EXPIRED")
         if token and expired and os.path.exists(expired):
