@@ -66,7 +66,7 @@ class _MaskingFormatter(logging.Formatter):
 
 
 class ConditionLog:
-    """One record when a condition begins and one when it ends, not one each time somebody meets it.
+    """One record when a condition begins, not one each time somebody meets it.
 
     A condition is a key, e.g. `("glance",)` or `("refused", image_id)`. One that goes on is told again every
     `repeat_s` seconds. At most `keys_max` conditions are remembered; the least recently met is forgotten first.
@@ -98,11 +98,4 @@ class ConditionLog:
         if len(self._told_at_s) > self._keys_max:
             self._told_at_s.popitem(last=False)
         self._logger.log(level, message, *args)
-        return True
-
-    def ends(self, key: object, message: str, *args: object) -> bool:
-        """Log `message % args` at INFO if the condition was known, and forget it; whether it was logged."""
-        if self._told_at_s.pop(key, None) is None:
-            return False
-        self._logger.info(message, *args)
         return True

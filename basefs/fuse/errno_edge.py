@@ -15,6 +15,7 @@ import pyfuse3
 import trio
 
 from basefs import errors
+from basefs.observability import ConditionLog
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,7 @@ RECORD_INTERVAL_S = 10.0
 NAME_MAX = 255
 
 _NUMBER = re.compile(r"\b\d+\b")
-_last_record: dict[tuple[str, str], float] = {}
-_RECORDS_MAX = 1000
+_conditions = ConditionLog(log, repeat_s=RECORD_INTERVAL_S, keys_max=1000, clock=trio.current_time)
 
 
 def errno_of(error: errors.BasefsError) -> int:
@@ -73,13 +73,7 @@ def _record(operation: str, error: errors.BasefsError) -> None:
         return
     # Without its numbers, or each offset of a scan through an outage would be a failure of its own.
     key = (operation, _NUMBER.sub("", str(error)))
-    now = trio.current_time()
-    if now - _last_record.get(key, -RECORD_INTERVAL_S) < RECORD_INTERVAL_S:
-        return
-    if len(_last_record) >= _RECORDS_MAX:
-        _last_record.clear()
-    _last_record[key] = now
-    log.warning("%s answered EIO: %s", operation, error)
+    _conditions.begins(key, logging.WARNING, "%s answered EIO: %s", operation, error)
 
 
 def edge(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:

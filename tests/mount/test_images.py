@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-import subprocess
 
 import pytest
 
