@@ -18,7 +18,6 @@ import trio
 from basefs import errors
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
-from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.inodes import image_handle, image_inode, image_of_handle
 from basefs.core.names import is_base_name
 from basefs.fuse.attributes import BLOCK_BYTES, new_attributes
@@ -57,14 +56,12 @@ class ImageFiles:
         settings: ImageFileSettings,
         *,
         changed: Callable[[ImageEntry], None],
-        nursery: trio.Nursery,
     ) -> None:
         self._catalog = catalog
         self._gate = gate
         self._handler = handler
         self._settings = settings
         self._changed = changed
-        self._removals: SingleFlight[int, None] = SingleFlight(nursery)
         self._remove_at_close: set[int] = set()
         self.hits: dict[int, Hit] = {}
 
@@ -251,14 +248,9 @@ class ImageFiles:
 
     async def _remove(self, entry: ImageEntry) -> None:
         self._remove_at_close.discard(entry.number)
-        with trio.move_on_after(REMOVE_WAIT_S):
-            await self._removals.run(entry.number, lambda: self._drop(entry))
-
-    async def _drop(self, entry: ImageEntry) -> None:
-        if self._handler.open_handles(entry):
-            return
         try:
-            await self._handler.remove_image(entry)
+            with trio.move_on_after(REMOVE_WAIT_S):
+                await self._handler.remove_image(entry)
         except errors.CacheError as exc:
             # What stays is right still, and found again by its checksums; nova would log an error for ever.
             log.warning("image %s: its local bytes were not removed: %s", entry.image_id, exc)

@@ -53,6 +53,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._services = services
         self._images: dict[int, DownloadedImage] = {}  # in order of last use
         self._opening: SingleFlight[int, None] = SingleFlight(services.nursery)
+        self._removals: SingleFlight[int, int] = SingleFlight(services.nursery)
         self._removing: dict[int, trio.Event] = {}
         self.warmer = Warmer(services.nursery, self._fetcher_of)
 
@@ -126,8 +127,15 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
             await self._images.pop(number).fetcher.close()
 
     async def remove_image(self, entry: ImageEntry) -> int:
-        """See the base class. A warming is stopped; who wants the image meanwhile waits and begins anew."""
-        if entry.number in self._removing:
+        """See the base class. A warming is stopped; who wants the image meanwhile waits and begins anew.
+
+        Cancellation: ends this wait only; half a removal would leave files that nobody drops.
+        """
+        return await self._removals.run(entry.number, lambda: self._remove(entry))
+
+    async def _remove(self, entry: ImageEntry) -> int:
+        """Runs as a flight: one at a time for an image, and to its end."""
+        if self.open_handles(entry):
             return 0
         self.warmer.cancel(entry)
         removed = self._removing[entry.number] = trio.Event()

@@ -139,7 +139,7 @@ class Service:
             check_deadline_s=settings.lookup_deadline_s,
             counters=counters,
         )
-        images = ImageFiles(catalog, gate, handler, self._file_settings(), changed=catalog.touch, nursery=nursery)
+        images = ImageFiles(catalog, gate, handler, self._file_settings(), changed=catalog.touch)
         virtual = VirtualTree(catalog, images, view.status, view.report)
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
