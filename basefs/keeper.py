@@ -134,7 +134,7 @@ class Keeper:
         server = ServerProcess(spec.server_command, arguments, lower_fd=lower_fd, lock_fd=lock.fd)
         # A full disk must not keep a mount without a server.
         with contextlib.suppress(OSError):
-            lock.write(server_pid=server.pid)
+            lock.note_server(server.pid)
         return server
 
     def _hand_over(self, server: ServerProcess) -> None:

@@ -74,6 +74,13 @@ class CacheLock:
         os.pwrite(self.fd, data, 0)
         os.ftruncate(self.fd, len(data))
 
+    def note_server(self, server_pid: int) -> None:
+        """Say which server holds the lock now. A disk that went read-only must not end a keeper that serves."""
+        try:
+            self.write(server_pid=server_pid)
+        except OSError as exc:
+            log.warning("cannot note server %d in the lock file of %s: %s", server_pid, self._cache_dir, exc.strerror)
+
     def _close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)

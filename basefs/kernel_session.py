@@ -54,7 +54,7 @@ class KernelSession:
             MountError: The kernel does not take it, mostly because somebody unmounted meanwhile.
         """
         try:
-            os.write(self.fd, mounts.without_auto_invalidation(answer))
+            os.write(self.fd, mounts.tuned_init_answer(answer))
         except OSError as exc:
             raise MountError(f"the kernel does not take the answer to FUSE_INIT: {exc.strerror}") from None
 

@@ -22,6 +22,7 @@ FUSE_SOURCE = "basefs"
 # struct fuse_out_header (16 bytes), then major, minor, max_readahead, flags (include/uapi/linux/fuse.h)
 _INIT_FLAGS_AT = 28
 _FUSE_AUTO_INVAL_DATA = 1 << 12
+_FUSE_PARALLEL_DIROPS = 1 << 18
 FUSE_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
 """Written to /dev/fuse (Linux >= 6.9): hand out again the requests that were taken and not answered."""
 
@@ -107,19 +108,22 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     return Path(done)
 
 
-def without_auto_invalidation(init_answer: bytes) -> bytes:
-    """Libfuse's answer to FUSE_INIT, less FUSE_AUTO_INVAL_DATA, which pyfuse3 cannot turn off.
+def tuned_init_answer(answer: bytes) -> bytes:
+    """Libfuse's answer to FUSE_INIT with two flags changed that pyfuse3 cannot change.
 
-    With it the kernel asks for the attributes before every read once they are a second old, and drops the answer
-    if an asynchronous read was completed meanwhile (fs/fuse/file.c: fuse_aio_complete): a guest with several reads
-    in flight then cost one GETATTR for every six READs (measured). Images never change; a lower file's page cache is
-    dropped at each open.
+    Less FUSE_AUTO_INVAL_DATA: with it the kernel asks for the attributes before every read once they are a second
+    old, and drops the answer if an asynchronous read was completed meanwhile (fs/fuse/file.c: fuse_aio_complete): a
+    guest with several reads in flight then cost one GETATTR for every six READs (measured). Images never change; a
+    lower file's page cache is dropped at each open.
+
+    Plus FUSE_PARALLEL_DIROPS (Linux >= 4.7): without it one lookup that waits for Glance holds up every listing and
+    every other first lookup in `_base` (measured: as long as lookup_deadline_s).
     """
-    if len(init_answer) < _INIT_FLAGS_AT + 4:
-        return init_answer
-    (flags,) = struct.unpack_from("<I", init_answer, _INIT_FLAGS_AT)
-    changed = bytearray(init_answer)
-    struct.pack_into("<I", changed, _INIT_FLAGS_AT, flags & ~_FUSE_AUTO_INVAL_DATA)
+    if len(answer) < _INIT_FLAGS_AT + 4:
+        return answer
+    (flags,) = struct.unpack_from("<I", answer, _INIT_FLAGS_AT)
+    changed = bytearray(answer)
+    struct.pack_into("<I", changed, _INIT_FLAGS_AT, flags & ~_FUSE_AUTO_INVAL_DATA | _FUSE_PARALLEL_DIROPS)
     return bytes(changed)
 
 

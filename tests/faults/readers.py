@@ -80,14 +80,12 @@ def guest_program(directory: Path) -> Path:
     return program
 
 
-def start_guest(directory: Path, path: Path, *, out: Path, block_bytes: int = 65536) -> "subprocess.Popen[bytes]":
-    """A process with a guest's identity that copies `path` to `out`; the caller waits for it or kills it."""
-    argv = [
-        str(guest_program(directory)),
-        f"if={path}",
-        f"of={out}",
-        f"bs={block_bytes}",
-        "iflag=direct",
-        "status=none",
-    ]
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+@contextmanager
+def guest_copying(directory: Path, path: Path, *, out: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process with a guest's identity that copies `path` to `out`; it does not outlive the block."""
+    argv = [str(guest_program(directory)), f"if={path}", f"of={out}", "bs=64k", "iflag=direct", "status=none"]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as guest:
+        try:
+            yield guest
+        finally:
+            guest.kill()
