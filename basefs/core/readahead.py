@@ -75,7 +75,7 @@ def window_for_miss(states: bytearray, index: int, wanted: int, policy: Readahea
 
 
 def window_ahead(states: bytearray, marker: int, previous: int, policy: ReadaheadPolicy) -> Window | None:
-    """The next window for a reader at the `marker` of a window of `previous` chunks; None: there is nothing to fetch."""
+    """The next window for a reader at the `marker` of a window of `previous` chunks; None: nothing to fetch."""
     start = states.find(b"\0", marker, marker + 2 * previous + 1)
     if start < 0:
         return None
