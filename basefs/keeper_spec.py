@@ -16,7 +16,7 @@ class KeeperSpec:
     config_files: list[str]
     config_dirs: list[str]
     read_ahead_kib: int = 1024
-    max_background: int = 64
+    max_background: int = 1024
     start_deadline_s: float = 60.0
     ready_fd: int | None = None
     server_command: list[str] = field(default_factory=lambda: [sys.executable, "-P", "-m", "basefs.service"])

@@ -105,11 +105,12 @@ _FETCHING = [
     ),
     cfg.IntOpt(
         "max_background",
-        default=64,
+        default=1024,
         min=1,
         max=65535,
-        help="Asynchronous requests (readahead, O_DIRECT with a queue) that the kernel has open with the server at "
-        "a time; further ones wait in the kernel.",
+        help="Asynchronous requests (O_DIRECT and readahead) that the kernel has open with the server at a time; "
+        "further ones wait in the kernel, those for cached bytes too. So as many reads may wait for Glance before "
+        "others wait for them; each costs about 8 KiB of memory.",
     ),
 ]
 

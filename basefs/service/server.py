@@ -149,7 +149,9 @@ class Service:
         gc.collect()
         gc.freeze()
         async with trio.open_nursery() as session:
-            await session.start(serve_session, view.operations, self._arguments.session_fd, self._channel)
+            await session.start(
+                serve_session, view.operations, self._arguments.session_fd, self._channel, settings.max_background
+            )
             view.state = "serving"
             log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
         view.state = "stopping"

@@ -13,9 +13,9 @@ import trio
 
 from basefs.service.keeper_channel import KeeperChannel
 
-TASKS_MAX = 1000
-"""Requests worked on at a time. Waiting reads hold one each, so few of them would stop `stat`; pyfuse3's 99 is few.
-Each costs about 8 KiB of memory while it waits."""
+SYNCHRONOUS_MAX = 500
+"""Requests worked on at a time beside `max_background` asynchronous ones, so that `stat` and `ls` never wait for reads
+that wait for Glance. Each costs about 8 KiB of memory while it waits."""
 
 
 class _RepliesToNobody(logging.Filter):
@@ -29,10 +29,13 @@ async def serve_session(
     operations: pyfuse3.Operations,
     session_fd: int,
     channel: KeeperChannel,
+    max_background: int,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer the kernel until the mount is gone. Reports started when requests are being answered.
+
+    The kernel has at most `max_background` asynchronous requests open at a time.
 
     Raises:
         MountError: the keeper ended during the handshake.
@@ -51,14 +54,14 @@ async def serve_session(
         os.dup2(fuse_fd, session_fd)
         os.close(fuse_fd)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_main_then_cancel, nursery.cancel_scope)
+            nursery.start_soon(_main_then_cancel, max_background + SYNCHRONOUS_MAX, nursery.cancel_scope)
             channel.send({"type": "ready"})
             task_status.started()
     finally:
         pyfuse3.close(unmount=False)
 
 
-async def _main_then_cancel(scope: trio.CancelScope) -> None:
+async def _main_then_cancel(tasks_max: int, scope: trio.CancelScope) -> None:
     """Ends when the session does."""
-    await pyfuse3.main(max_tasks=TASKS_MAX)
+    await pyfuse3.main(max_tasks=tasks_max)
     scope.cancel()
