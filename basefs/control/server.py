@@ -6,12 +6,8 @@ body is read, and a client that goes away ends what was done for it alone.
 
 import json
 import logging
-import os
-import socket
-import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -24,10 +20,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from basefs.control.api import API_PREFIX, ServiceView
+from basefs.control.listener import ControlListener
 from basefs.errors import (
     AmbiguousImageError,
     BasefsError,
-    ControlError,
     DeadlineExceededError,
     ImageBusyError,
     ImageNotFoundError,
@@ -54,16 +50,12 @@ STATUS_OF: dict[type[BasefsError], int] = {
 
 
 async def serve_control(
-    view: ServiceView, socket_path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    view: ServiceView, listener: ControlListener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Answer commands until cancelled; `task_status.started()` when the socket takes connections.
+    """Answer commands until cancelled; `task_status.started()` when they are being answered.
 
     Belongs in the service nursery. The socket file is removed at the end.
-
-    Raises:
-        ControlError: The socket cannot be made, or another server answers on it.
     """
-    listener, inode = _bound_socket(socket_path)
     config = Config()
     # hypercorn takes over the descriptor and closes it.
     config.bind = [f"fd://{listener.detach()}"]
@@ -79,7 +71,7 @@ async def serve_control(
             await nursery.start(_serve_http, app, config)
             task_status.started()
     finally:
-        _remove_socket(socket_path, inode)
+        listener.close()
 
 
 async def _serve_http(app: ASGIApp, config: Config, *, task_status: trio.TaskStatus[list[str]]) -> None:
@@ -210,46 +202,3 @@ def _http_log() -> logging.Logger:
     http_log = logging.getLogger("basefs.control.http")
     http_log.setLevel(logging.WARNING)
     return http_log
-
-
-def _bound_socket(path: Path) -> tuple[socket.socket, int]:
-    """A bound socket, not yet listening, and the inode number of its file. A dead server's file is replaced."""
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _clear_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # Before bind, so that the file never has wider rights than these.
-            os.fchmod(sock.fileno(), 0o600)
-            sock.bind(os.fspath(path))
-            return sock, os.stat(path).st_ino
-        except OSError:
-            sock.close()
-            raise
-    except OSError as exc:
-        raise ControlError(f"cannot make the control socket {path}: {exc.strerror}") from None
-
-
-def _clear_stale(path: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ControlError(f"cannot make the control socket {path}: there is a file that is no socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except BlockingIOError:
-            pass  # its backlog is full, so it is alive
-    raise ControlError(f"another basefs answers on the control socket {path}")
-
-
-def _remove_socket(path: Path, inode: int) -> None:
-    try:
-        if os.lstat(path).st_ino == inode:
-            path.unlink()
-    except OSError as exc:
-        log.debug("control socket %s: %s", path, exc.strerror)

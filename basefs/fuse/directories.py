@@ -80,6 +80,7 @@ class Directories:
             if not self._virtual.owns(inode):
                 raise errors.BadHandleError(f"no such directory handle: {handle}")
             return _Listing(fixed=list(self._virtual.list_names(inode)))
+        await self._images.wait_known()
         names = [name for name in await self._lower.list_names(inodes.ROOT) if name != BASEFS_NAME]
         there = set(names)
         shown = [entry for entry in self._images.listed(is_nova=is_nova) if entry.base_name.encode() not in there]

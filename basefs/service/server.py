@@ -14,6 +14,7 @@ import os
 import pwd
 import random
 import threading
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from basefs.catalog.glance_catalog import Catalog
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls
 from basefs.config import Settings
-from basefs.control.server import serve_control
+from basefs.control.listener import ControlListener
 from basefs.core.inodes import FIRST_OTHER_HANDLE, image_number_of
 from basefs.fuse.directories import Directories
 from basefs.fuse.image_files import ImageFiles, ImageFileSettings
@@ -143,17 +144,21 @@ class Service:
         virtual = VirtualTree(catalog, images, view.status, view.report)
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
-        await nursery.start(serve_control, view, settings.control_socket)
+        listener = ControlListener(settings.control_socket)
         nursery.start_soon(catalog.run)
         # What stands now stays: without it the collector walks all of it again and again.
         gc.collect()
         gc.freeze()
-        async with trio.open_nursery() as session:
-            await session.start(
-                serve_session, view.operations, self._arguments.session_fd, self._channel, settings.max_background
-            )
-            view.state = "serving"
-            log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
+        try:
+            async with trio.open_nursery() as session:
+                await session.start(
+                    serve_session, view.operations, self._arguments.session_fd, self._channel, settings.max_background
+                )
+                view.state = "serving"
+                log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
+                nursery.start_soon(_serve_commands, view, listener)
+        finally:
+            listener.close()
         view.state = "stopping"
         _end_by(STOP_LIMIT_S)
         await handler.close()
@@ -189,6 +194,20 @@ class Service:
             owner_uid=lower.st_uid,
             owner_gid=lower.st_gid,
         )
+
+
+async def _serve_commands(view: View, listener: ControlListener) -> None:
+    """Ends when it is cancelled. Commands that came before wait in the socket's backlog."""
+    serve_control = await trio.to_thread.run_sync(_import_control_server)
+    gc.freeze()
+    await serve_control(view, listener)
+
+
+def _import_control_server() -> Callable[[View, ControlListener], Awaitable[None]]:
+    # Late, and in a thread: hypercorn and starlette are a third of all imports, and no guest waits for them.
+    from basefs.control.server import serve_control
+
+    return serve_control
 
 
 def _end_by(limit_s: float) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from basefs.control.listener import ControlListener
 from basefs.control.server import serve_control
 from tests.control.fake_view import FakeView
 
@@ -90,7 +91,7 @@ def view(cli: Cli) -> Iterator[ServedView]:
 
     async def serve() -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_control, view, cli.socket_path)
+            await nursery.start(serve_control, view, ControlListener(cli.socket_path))
             stop.append((trio.lowlevel.current_trio_token(), nursery.cancel_scope))
             started.set()
 

@@ -10,6 +10,7 @@ import trio.testing
 from basefs import errors
 from basefs.control import server
 from basefs.control.client import ControlClient
+from basefs.control.listener import ControlListener
 from basefs.control.server import serve_control, status_of
 from tests.control.fake_view import SIZE, FakeView
 
@@ -22,7 +23,7 @@ def path(tmp_path):
 @pytest.fixture
 async def view(path, nursery):
     view = FakeView()
-    await nursery.start(serve_control, view, path)
+    await nursery.start(serve_control, view, ControlListener(path))
     return view
 
 
@@ -165,7 +166,7 @@ async def test_only_the_owner_may_use_the_socket(view, path):
 
 async def test_the_socket_is_gone_after_the_service(path):
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_control, FakeView(), path)
+        await nursery.start(serve_control, FakeView(), ControlListener(path))
         assert path.is_socket()
         nursery.cancel_scope.cancel()
     assert not path.exists()
@@ -175,7 +176,7 @@ async def test_a_warming_under_way_does_not_hold_up_the_end(path):
     view = FakeView()
     with trio.fail_after(10):
         async with trio.open_nursery() as client_nursery, trio.open_nursery() as nursery:
-            await nursery.start(serve_control, view, path)
+            await nursery.start(serve_control, view, ControlListener(path))
             started = trio.Event()
             client_nursery.start_soon(functools.partial(_watch, path, started))
             await started.wait()
@@ -195,13 +196,13 @@ async def test_a_dead_server_s_socket_file_is_replaced(path, nursery):
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    await nursery.start(serve_control, FakeView(), path)
+    await nursery.start(serve_control, FakeView(), ControlListener(path))
     assert (await call(path, "status"))["state"] == "serving"
 
 
 async def test_a_live_server_s_socket_is_left_alone(view, path):
     with pytest.raises(errors.ControlError, match="another basefs answers"):
-        await serve_control(FakeView(), path)
+        await serve_control(FakeView(), ControlListener(path))
     assert (await call(path, "status"))["state"] == "serving"
 
 
@@ -209,14 +210,14 @@ async def test_a_file_that_is_no_socket_is_left_alone(path):
     path.parent.mkdir()
     path.write_text("precious")
     with pytest.raises(errors.ControlError, match="no socket"):
-        await serve_control(FakeView(), path)
+        await serve_control(FakeView(), ControlListener(path))
     assert path.read_text() == "precious"
 
 
 async def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.ControlError, match="cannot make the control socket"):
-        await serve_control(FakeView(), tmp_path / "file" / "control.sock")
+        await serve_control(FakeView(), ControlListener(tmp_path / "file" / "control.sock"))
 
 
 def test_without_a_socket_the_client_says_how_to_start(path):

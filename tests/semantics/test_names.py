@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from random import Random
 
 import pytest
 
+from tests.conftest import ExpectedWarnings, MountFactory
+from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
 from tests.semantics.conftest import eventually, front_mount, listing_as
 from tools.mount import BasefsMount, base_name
@@ -142,3 +145,20 @@ def test_names_are_those_of_nova(front: MisbehavingFront, mount: BasefsMount) ->
     image_id = front.glance.add(DATA[:10], id="6F0E5C2E-1111-4222-8333-ABCDEFABCDEF")
     assert mount.path(image_id).read_bytes() == DATA[:10]
     assert not (mount.mountpoint / base_name(image_id.lower())).exists()
+
+
+def test_the_first_listing(basefs_mount: MountFactory, expected_warnings: ExpectedWarnings) -> None:
+    """[S305] The first listing on a node that knows no image yet waits for Glance's list, `lookup_deadline_s` at
+    most.
+    """
+    expected_warnings("cannot be refreshed")  # the front is gone before its mounts are
+    with MisbehavingFront() as front:
+        image_id = front.glance.add(DATA[:1000], name="first")
+        mount = basefs_mount(front.conf_lines())
+        assert os.listdir(mount.mountpoint) == [".basefs", hashlib.sha1(image_id.encode()).hexdigest()]
+        front.on("/v2/images").respond(answers.hang(threading.Event()))
+        other = basefs_mount(front.conf_lines(), {"lookup_deadline_s": 1.0}, name="other")
+        began = time.monotonic()
+        assert os.listdir(other.mountpoint) == [".basefs"]
+        assert time.monotonic() - began < 1.0 + 4.0  # what a loaded machine may add
+        front.behave()
