@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ALIGNMENT = 4096
@@ -24,7 +24,8 @@ def opened(path: Path) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        with suppress(OSError):  # ENOTCONN where the mount went meanwhile; the fd is gone all the same
+            os.close(fd)
 
 
 def pread(fd: int, offset: int, length: int) -> bytes:
