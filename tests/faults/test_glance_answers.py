@@ -59,12 +59,12 @@ def test_known_images_outlive_a_list_that_fails_and_unknown_names_are_no_absent_
 ) -> None:
     known = site.add()
     assert read_at(known.path, 0, PART) == known.part(0, PART)
-    new = site.add()
+    new = site.add(is_new=True)
     site.front.on("/file").respond(lambda answer: answer)
     site.front.on("/v2/images").respond(answers.status(code))
     expected_warnings("catalog cannot be refreshed, known images stay")
     expected_warnings("lookup answered EIO")
-    for _ in range(5):
+    for _ in range(2):
         assert errno_of(new.path.stat) == errno.EIO, "unknown is not absent"
     assert read_at(known.path, HEADER_BYTES, PART) == known.part(HEADER_BYTES, PART)
     assert known.path.name in os.listdir(site.mount.mountpoint)

@@ -163,7 +163,7 @@ def test_an_image_is_shown_if_its_bytes_are_what_it_says(
 
 
 def test_an_image_smaller_in_the_store_than_in_glance_is_not_shown(site: Site) -> None:
-    image = site.add()
+    image = site.add(is_new=True)
     site.front.glance.change(image.image_id, size=len(image.data) + 4096)
     assert errno_of(image.path.stat) == errno.ENOENT
     assert "the store has" in site.mount.log_text
