@@ -37,8 +37,13 @@ class Mount(BasefsCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:  # noqa: RET503  # execv does not return
         """Returns with `--background` only."""
-        conf, settings = self.app.load()
+        from basefs.config import load_mount_settings
+
         options = self.app.options
+        if parsed_args.background:
+            conf, settings = load_mount_settings(options.config_file, options.config_dir)
+        else:
+            conf, settings = self.app.load()
         spec = KeeperSpec(
             mountpoint=str(settings.mountpoint),
             cache_dir=str(settings.cache_dir),

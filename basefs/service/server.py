@@ -149,6 +149,7 @@ class Service:
         # What stands now stays: without it the collector walks all of it again and again.
         gc.collect()
         gc.freeze()
+        gc.enable()
         try:
             async with trio.open_nursery() as session:
                 await session.start(
