@@ -9,18 +9,28 @@ import logging
 import re
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 import trio
 
 from basefs import errors
+from basefs.fuse.request_stats import RequestStats
 from basefs.observability import ConditionLog
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Face(Protocol):
+    """Whose methods are handlers."""
+
+    stats: RequestStats
+
+
+F = TypeVar("F", bound=Face)
 
 ERRNO_OF: dict[type[errors.BasefsError], int] = {
     errors.BasefsError: errno.EIO,
@@ -76,22 +86,31 @@ def _record(operation: str, error: errors.BasefsError) -> None:
     _conditions.begins(key, logging.WARNING, "%s answered EIO: %s", operation, error)
 
 
-def edge(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The handler, from which nothing comes but its answer, FUSEError, and cancellation."""
+def edge(
+    handler: Callable[Concatenate[F, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[F, P], Coroutine[Any, Any, T]]:
+    """The handler, from which nothing comes but its answer, FUSEError, and cancellation; its `stats` count it."""
     operation = handler.__name__.lstrip("_")
 
     @wraps(handler)
-    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+    async def wrapped(face: F, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        stats = face.stats
+        ticket = stats.begin(operation)
         try:
-            return await handler(*args, **kwargs)
-        except pyfuse3.FUSEError:
+            return await handler(face, *args, **kwargs)
+        except pyfuse3.FUSEError as exc:
+            stats.failed(operation, exc.errno)
             raise
         except errors.BasefsError as exc:
             _record(operation, exc)
+            stats.failed(operation, errno_of(exc))
             raise pyfuse3.FUSEError(errno_of(exc)) from None
         except Exception:
-            log.exception("bug in %s%r", operation, _plain(args[1:]))
+            log.exception("bug in %s%r", operation, _plain(args))
+            stats.failed(operation, errno.EIO, is_bug=True)
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            stats.end(ticket)
 
     return wrapped
 

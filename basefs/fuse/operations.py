@@ -14,11 +14,12 @@ from basefs.fuse.directories import Directories
 from basefs.fuse.errno_edge import edge
 from basefs.fuse.image_files import ImageFiles
 from basefs.fuse.lower import LowerTree
+from basefs.fuse.request_stats import RequestStats
 from basefs.fuse.virtual_tree import BASEFS_NAME, VirtualTree
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel. `requests` counts them by kind."""
+    """Answers the kernel. `requests` and `stats` count them by kind."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -32,8 +33,10 @@ class Operations(pyfuse3.Operations):
         self._directories = directories
         self._hits = images.hits
         self.requests: Counter[str] = Counter()
+        self.stats = RequestStats()
         self.hits = 0
-        """Reads answered at once; not in `requests`."""
+        """Reads answered at once; not in `requests`, nor in `stats`."""
+        self.hit_bytes = 0
 
     # --- reading: the hit path comes first ----------------------------------------------------------------
 
@@ -44,6 +47,7 @@ class Operations(pyfuse3.Operations):
             data = hit(off, size)
             if data is not None:
                 self.hits += 1
+                self.hit_bytes += len(data)
                 return data  # type: ignore[return-value]  # pyfuse3 takes any buffer, and copies it at once
         return await self._read(fh, off, size)
 

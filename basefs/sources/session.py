@@ -15,6 +15,7 @@ from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
 from basefs.sources.exchange import InterruptibleAdapter, run_interruptibly
 from basefs.sources.http_errors import safe_text, translated
+from basefs.sources.request_stats import HttpStats, request_kind
 
 TlsVersion = Literal["1.2", "1.3"] | None
 T = TypeVar("T")
@@ -64,6 +65,10 @@ class GlanceSession(session.Session):
     answered_at: float = float("-inf")
     """`time.monotonic()` of the last answer of Glance itself (no gateway's 502, 503 or 504)."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  keystoneauth's own signature
+        super().__init__(*args, **kwargs)
+        self.stats = HttpStats()
+
     def request(  # type: ignore[override]  # 25 more keywords, handed on as they come
         self,
         url: str,
@@ -76,8 +81,15 @@ class GlanceSession(session.Session):
         if not url.endswith("/file"):
             # python-glanceclient asks for all as a stream, and leaves connections open over answers it refuses.
             kwargs["stream"] = False
-        response: requests.Response = super().request(url, method, **kwargs)
         is_to_glance = kwargs.get("endpoint_filter") is not None or kwargs.get("endpoint_override") is not None
+        kind = request_kind(url, kwargs.get("headers"), is_to_glance=is_to_glance)
+        began = time.monotonic()
+        try:
+            response: requests.Response = super().request(url, method, **kwargs)
+        except (ksa.ClientException, requests.RequestException, OSError) as exc:
+            self.stats.add(kind, getattr(exc, "http_status", None) or None, time.monotonic() - began)
+            raise
+        self.stats.add(kind, response.status_code, time.monotonic() - began)
         if is_to_glance and response.status_code not in _GATEWAY_STATUSES:
             self.answered_at = time.monotonic()
         return response

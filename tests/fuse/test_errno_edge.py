@@ -9,6 +9,7 @@ import trio
 
 from basefs import errors
 from basefs.fuse.errno_edge import ERRNO_OF, edge, errno_of
+from basefs.fuse.request_stats import RequestStats
 from tests.conftest import ExpectedWarnings
 
 
@@ -30,6 +31,9 @@ def test_an_error_of_the_lower_file_system_keeps_its_errno() -> None:
 
 
 class _Face:
+    def __init__(self) -> None:
+        self.stats = RequestStats()
+
     @edge
     async def read(self, what: Exception | None) -> str:
         if what is not None:
