@@ -1,7 +1,7 @@
 """Reads of one image on this node: what is here is served, what is not is waited for.
 
-Owned by the trio loop. `_ledger` knows the chunks, `_transfers` brings them, `_board` wakes the readers; no
-await stands between finding a chunk absent and waiting for it.
+Owned by the trio loop. `_ledger` knows the chunks, `_transfers` brings them, `_deliveries` publishes them, `_board`
+wakes the readers; no await stands between finding a chunk absent and waiting for it.
 """
 
 import copy
@@ -12,8 +12,11 @@ import trio
 
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile
+from basefs.cache.deliveries import Deliveries
+from basefs.cache.fetch_services import FetchServices
+from basefs.cache.flights import Flights
 from basefs.cache.ledger import ChunkLedger
-from basefs.cache.transfers import FetchServices, ImageTransfers
+from basefs.cache.transfers import ImageTransfers
 from basefs.cache.waiters import WaiterBoard
 from basefs.catalog.records import ImageEntry
 from basefs.core.byte_ranges import chunk_span
@@ -33,13 +36,15 @@ class ImageFetcher:
         self._services = services
         self._board = WaiterBoard()
         self._ledger = ChunkLedger(states, file, size=entry.size, chunk_bytes=chunk_bytes)
-        self._transfers = ImageTransfers(entry, self._ledger, self._board, services)
+        self._flights = Flights(entry.image_id, services.nursery)
+        self._deliveries = Deliveries(entry, self._ledger, self._board, self._flights, services)
+        self._transfers = ImageTransfers(entry, self._ledger, self._board, self._flights, self._deliveries, services)
         self._readers = 0
         self._no_readers = trio.Event()
         self.hit: Callable[[int, int], memoryview | bytes | None] = (
             _no_hit if file is None else file.hit
         )  # the chunk file's own: a hit costs one call
-        self._transfers.tell_size()
+        self._deliveries.tell_size()
 
     @property
     def cached_bytes(self) -> int:
@@ -54,12 +59,12 @@ class ImageFetcher:
     @property
     def is_streamed(self) -> bool:
         """Whether the image comes as one sequential stream."""
-        return self._transfers.is_streamed
+        return self._deliveries.is_streamed
 
     @property
     def is_busy(self) -> bool:
         """Whether a transfer is under way or a reader is inside."""
-        return self._transfers.under_way > 0 or self._readers > 0
+        return self._flights.under_way > 0 or self._readers > 0
 
     async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
         """Exactly `[offset, offset + length)`; 0 <= offset, 0 < length, offset + length <= size.
@@ -102,8 +107,8 @@ class ImageFetcher:
                 data = await self._assemble(span, offset, length, unstored)
                 if data is not None:
                     return data
-            elif not self._transfers.gate.is_open:
-                await self._transfers.gate.wait()
+            elif not self._deliveries.gate.is_open:
+                await self._deliveries.gate.wait()
             else:
                 try:
                     unstored |= await self._wait_for(absent)
@@ -149,7 +154,7 @@ class ImageFetcher:
             try:
                 return await self._services.disk.run(file.read, offset, length)
             except errors.CacheError as exc:
-                self._transfers.disk_failed(exc)
+                self._deliveries.disk_failed(exc)
         for index in span:
             self._ledger.lose(index)
         return None
@@ -174,7 +179,7 @@ class ImageFetcher:
                 "image %s: %d cached chunks from byte %d on are damaged; they are fetched again",
                 self.entry.image_id, damaged, span.start * self.chunk_bytes,
             )  # fmt: skip
-            self._transfers.tell_size()
+            self._deliveries.tell_size()
 
     async def fetch_background(self, bytes_max: int) -> bool:
         """Bring something that is missing, at most `bytes_max`, at background priority; False when nothing is.
@@ -193,33 +198,33 @@ class ImageFetcher:
 
     async def wait_retry(self) -> None:
         """Return when a try may be made after a failed one."""
-        await self._transfers.gate.wait()
+        await self._deliveries.gate.wait()
 
     async def store_header(self, header: bytes) -> None:
         """Keep the image's first bytes, which the checks read (whole chunks of them, or the whole image)."""
         whole = len(header) if len(header) == self.size else len(header) // self.chunk_bytes * self.chunk_bytes
         if not whole:
             return
-        receiver = self._transfers.new_receiver()
+        receiver = self._deliveries.new_receiver()
         try:
             await self._services.disk.run(receiver.take, 0, header[:whole])
         finally:
-            self._transfers.end_receiver(receiver)
-        self._transfers.tell_size()
+            self._deliveries.end_receiver(receiver)
+        self._deliveries.tell_size()
 
     def stop_unwanted(self) -> None:
         """Ask what is under way to end at its next piece, unless a reader waits for a chunk."""
         if not len(self._board):
-            self._transfers.stop()
+            self._flights.stop()
 
     async def close(self) -> None:
         """Give the chunk file back once nothing is under way; transfers are stopped, readers waited for."""
         while self.is_busy:
-            self._transfers.stop()
-            await self._transfers.wait_idle()
+            self._flights.stop()
+            await self._flights.wait_idle()
             if self._readers:
                 await self._no_readers.wait()
-        self._transfers.tell_size()
+        self._deliveries.tell_size()
         self.hit = _no_hit
         file, self._ledger.file = self._ledger.file, None
         if file is not None:

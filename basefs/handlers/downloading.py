@@ -12,8 +12,8 @@ import trio
 
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile, open_chunk_file, remove_files
+from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
-from basefs.cache.transfers import FetchServices
 from basefs.cache.warmer import Warmer
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight

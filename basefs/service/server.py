@@ -22,8 +22,8 @@ import trio
 from oslo_config import cfg
 
 from basefs import errors
+from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.state_db import StateDatabase
-from basefs.cache.transfers import FetchCounters, FetchServices
 from basefs.catalog.glance_catalog import Catalog
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls

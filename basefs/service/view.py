@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from basefs import errors
-from basefs.cache.transfers import FetchCounters
+from basefs.cache.fetch_services import FetchCounters
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.control.api import PROGRESS_INTERVAL_S

@@ -9,8 +9,8 @@ import pytest
 import trio
 
 from basefs.cache.chunk_file import open_chunk_file
+from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
-from basefs.cache.transfers import FetchCounters, FetchServices
 from basefs.catalog.records import ImageEntry, ImageRecord
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls

@@ -9,8 +9,8 @@ import trio
 import trio.testing
 
 from basefs import errors
+from basefs.cache.fetch_services import FetchCounters
 from basefs.cache.image_fetcher import ImageFetcher
-from basefs.cache.transfers import FetchCounters
 from basefs.core.chunk_map import ChunkMapHeader
 from tests.cache.conftest import CHUNK, Fetchers, make_entry
 from tests.cache.memory_source import MemorySource

@@ -90,7 +90,7 @@ async def test_a_stream_that_turns_out_wrong_spoils_nothing_that_was_here(
         source.ranged = False
         source.images[IMAGE_ID] = bytes(byte ^ 0x55 for byte in image)
         await fetcher.read(len(image) - 10, 10, deadline_s=5.0, patient=False)
-        await fetcher._transfers.wait_idle()
+        await fetcher._flights.wait_idle()
         assert await fetcher.read(here, 100, deadline_s=15.0, patient=False) == image[here : here + 100]
     source.images[IMAGE_ID] = image
     async with fetchers(source, entry=entry) as fetcher:

@@ -10,7 +10,7 @@ import trio.testing
 
 from basefs import errors
 from basefs.cache.chunk_file import data_path
-from basefs.cache.transfers import FetchCounters, FetchServices
+from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.inodes import image_inode

@@ -1,0 +1,93 @@
+"""What the transfers of one image bring and tell: chunks that are down, tries that failed, a disk that failed.
+
+Owned by the trio loop; every method is one synchronous step.
+"""
+
+import logging
+import math
+
+import trio
+
+from basefs import errors
+from basefs.cache.fetch_services import FetchServices
+from basefs.cache.flights import Flights
+from basefs.cache.ledger import ChunkLedger
+from basefs.cache.outage import RetryGate
+from basefs.cache.receiver import Receiver
+from basefs.cache.waiters import WaiterBoard
+from basefs.catalog.records import ImageEntry
+
+log = logging.getLogger(__name__)
+
+DISK_RETRY_S = 10.0
+"""After the cache disk refused a byte, bytes go round it for so long before it is tried again."""
+
+
+class Deliveries:
+    """Publishes what came for one image; `board` learns what came, `gate` what failed."""
+
+    def __init__(
+        self, entry: ImageEntry, ledger: ChunkLedger, board: WaiterBoard, flights: Flights, services: FetchServices
+    ) -> None:
+        self._entry = entry
+        self._ledger = ledger
+        self._board = board
+        self._flights = flights
+        self._services = services
+        self._disk_bad_until = -math.inf
+        self.gate = RetryGate(entry.image_id, services.jitter)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the image comes as one sequential stream."""
+        return self._entry.local.source_kind == "streamed"
+
+    def new_receiver(self, present: bytes = b"") -> Receiver:
+        """A receiver for one transfer; `end_receiver` must follow."""
+        usable = self._ledger.file if trio.current_time() >= self._disk_bad_until else None
+        token = trio.lowlevel.current_trio_token()
+        receiver = Receiver(usable, self._ledger.chunk_bytes, self._arrived, token, present=present)
+        self._flights.add(receiver)
+        return receiver
+
+    def end_receiver(self, receiver: Receiver) -> None:
+        """The transfer is over."""
+        self._flights.remove(receiver)
+
+    def _arrived(self, first: int, length: int, unstored: bytes | None, error: errors.CacheError | None) -> None:
+        """See `Arrived`."""
+        self._entry.local.fetched_bytes += length
+        if error is not None:
+            self.disk_failed(error)
+        chunk_bytes = self._ledger.chunk_bytes
+        for index in range(first, first + -(-length // chunk_bytes)):
+            if unstored is None:
+                self._ledger.stored(index)
+                self._board.arrived(index)
+            else:
+                self._ledger.not_stored(index)
+                at = (index - first) * chunk_bytes
+                self._board.arrived(index, unstored[at : at + chunk_bytes])
+
+    def note_failure(self, error: errors.BasefsError) -> None:
+        """A transfer failed: the gate closes, or the image is a stream from now on."""
+        if isinstance(error, errors.RangeNotHonouredError):
+            if not self.is_streamed:
+                log.warning("image %s: read as one stream from now on: %s", self._entry.image_id, error)
+            self._entry.local.source_kind = "streamed"
+            self._entry.local.source_reason = str(error)
+        else:
+            if isinstance(error, errors.ImageNotFoundError):
+                self._entry.is_gone = True
+            self.gate.failed(error)
+
+    def disk_failed(self, error: errors.CacheError) -> None:
+        """The cache disk failed: go round it for a while."""
+        if trio.current_time() >= self._disk_bad_until:
+            log.warning("image %s: serving round the cache: %s", self._entry.image_id, error)
+        self._disk_bad_until = trio.current_time() + DISK_RETRY_S
+
+    def tell_size(self) -> None:
+        """Bring the entry's `cached_bytes` up to date."""
+        self._entry.local.cached_bytes = self._ledger.cached_bytes
+        self._services.changed(self._entry)

@@ -1,0 +1,34 @@
+"""What the transfers of all images share: built once by the composition root."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from basefs.catalog.records import ImageEntry
+from basefs.concurrency.priority_slots import PrioritySlots
+from basefs.concurrency.threads import BlockingCalls
+from basefs.sources.base import ImageSource
+
+
+@dataclass(slots=True)
+class FetchCounters:
+    """What happened to all images since the server began."""
+
+    damaged_chunks: int = 0
+    """Cached chunks whose bytes did not fit their checksum; they were fetched again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchServices:
+    """What every image's transfers share: built once by the service."""
+
+    nursery: trio.Nursery
+    source: ImageSource
+    slots: PrioritySlots
+    stream_slots: PrioritySlots
+    disk: BlockingCalls
+    request_bytes_max: int
+    jitter: Callable[[], float]
+    changed: Callable[[ImageEntry], None]
+    counters: FetchCounters
