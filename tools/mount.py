@@ -55,6 +55,7 @@ class BasefsMount:
                 "cache_dir": self.cache_dir,
                 "control_socket": self.directory / "control.sock",
                 "nova_user": "nobody",  # a user that every machine has
+                "metrics_listen": "",  # a port that every mount of a test would want
             },
         }
         for key, value in options.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from basefs import mounts
+from basefs.config.listen import listen_address
 from basefs.config.settings import Settings
 from basefs.errors import ConfigError
 
@@ -23,6 +24,10 @@ def check_together(settings: Settings) -> None:
     problems = [*_size_problems(settings), *_time_problems(settings), *_path_problems(settings)]
     if settings.template_image_handler == "volume-linking":
         problems.append("[basefs] template_image_handler = volume-linking is not in this version: use auto")
+    try:
+        listen_address(settings.metrics_listen)
+    except ValueError as exc:
+        problems.append(f"[basefs] metrics_listen: {exc}")
     if not settings.nova_user:
         problems.append("[basefs] nova_user is empty")
     if problems:

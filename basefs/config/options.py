@@ -152,7 +152,16 @@ _TIMES = [
     ),
 ]
 
-BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES]
+_OPERATIONS = [
+    cfg.StrOpt(
+        "metrics_listen",
+        default="127.0.0.1:9757",
+        help="ADDRESS:PORT that answers GET /metrics for Prometheus; empty: nowhere. Anybody who can connect can read "
+        "image ids and figures, no bytes and no secret; where it is no loopback address a firewall has to say who.",
+    ),
+]
+
+BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES, *_OPERATIONS]
 
 
 def glance_common_opts() -> list[cfg.Opt]:

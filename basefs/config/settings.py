@@ -33,3 +33,4 @@ class Settings:
     lookup_deadline_s: float
     guest_io_deadline_s: float
     other_io_deadline_s: float
+    metrics_listen: str

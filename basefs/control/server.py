@@ -4,6 +4,7 @@ It shares the trio loop with the FUSE work, so it is bounded: at most REQUESTS_M
 body is read, and a client that goes away ends what was done for it alone.
 """
 
+import functools
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -56,22 +57,32 @@ async def serve_control(
 
     Belongs in the service nursery. The socket file is removed at the end.
     """
+    try:
+        async with trio.open_nursery() as nursery:
+            # hypercorn takes over the descriptor and closes it.
+            await nursery.start(
+                functools.partial(serve_app, _application(view), listener.detach(), requests_max=REQUESTS_MAX)
+            )
+            task_status.started()
+    finally:
+        listener.close()
+
+
+async def serve_app(
+    app: ASGIApp, listening_fd: int, *, requests_max: int, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve `app` on a listening socket, whose descriptor is closed at the end; until cancelled."""
     config = Config()
-    # hypercorn takes over the descriptor and closes it.
-    config.bind = [f"fd://{listener.detach()}"]
+    config.bind = [f"fd://{listening_fd}"]
     config.errorlog = _http_log()
     config.keep_alive_timeout = IDLE_S
     config.read_timeout = None
     config.h11_max_incomplete_size = HEAD_BYTES_MAX
     config.graceful_timeout = 0.0
     config.include_server_header = False
-    app = _Bounded(_application(view), requests_max=REQUESTS_MAX)
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(_serve_http, app, config)
-            task_status.started()
-    finally:
-        listener.close()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_serve_http, _Bounded(app, requests_max=requests_max), config)
+        task_status.started()
 
 
 async def _serve_http(app: ASGIApp, config: Config, *, task_status: trio.TaskStatus[list[str]]) -> None:
@@ -132,7 +143,7 @@ class _Bounded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._requests >= self._requests_max and scope["type"] == "http":
-            refusal = JSONResponse({"error": f"{self._requests_max} commands are under way; try again"}, 503)
+            refusal = JSONResponse({"error": f"{self._requests_max} requests are under way; try again"}, 503)
             await refusal(scope, receive, send)
             return
 

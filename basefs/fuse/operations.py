@@ -37,6 +37,8 @@ class Operations(pyfuse3.Operations):
         self.hits = 0
         """Reads answered at once; not in `requests`, nor in `stats`."""
         self.hit_bytes = 0
+        self.misses = 0
+        """Reads of images that had to wait: for bytes from Glance, for a check, or for the cache disk."""
 
     # --- reading: the hit path comes first ----------------------------------------------------------------
 
@@ -55,6 +57,7 @@ class Operations(pyfuse3.Operations):
     async def _read(self, fh: int, off: int, size: int) -> bytes:
         self.requests["read"] += 1
         if inodes.image_of_handle(fh) is not None:
+            self.misses += 1
             return await self._images.read(fh, off, size)
         if self._virtual.owns_handle(fh):
             return self._virtual.read(fh, off, size)

@@ -28,6 +28,7 @@ from basefs.catalog.glance_catalog import Catalog
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls
 from basefs.config import Settings
+from basefs.config.listen import listen_address
 from basefs.control.listener import ControlListener
 from basefs.core.inodes import FIRST_OTHER_HANDLE, image_number_of
 from basefs.fuse.directories import Directories
@@ -39,6 +40,7 @@ from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.service.keeper_channel import KeeperChannel
+from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.session import serve_session
 from basefs.service.view import View
 from basefs.sources.glance import GlanceSource
@@ -144,6 +146,19 @@ class Service:
         virtual = VirtualTree(catalog, images, view.status, view.report)
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
+        metrics = Metrics(
+            MetricsParts(
+                catalog=catalog,
+                gate=gate,
+                handler=handler,
+                source=source,
+                access=self._access,
+                operations=view.operations,
+                counters=counters,
+                records=count_records(),
+                is_serving=lambda: view.state == "serving",
+            )
+        )
         listener = ControlListener(settings.control_socket)
         nursery.start_soon(catalog.run)
         # What stands now stays: without it the collector walks all of it again and again.
@@ -158,6 +173,7 @@ class Service:
                 view.state = "serving"
                 log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
                 nursery.start_soon(_serve_commands, view, listener)
+                nursery.start_soon(run_metrics, metrics, listen_address(settings.metrics_listen))
         finally:
             listener.close()
         view.state = "stopping"

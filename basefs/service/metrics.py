@@ -1,0 +1,162 @@
+"""What the metrics are read from: plain counters of the service's objects, looked at when somebody asks.
+
+Nothing here knows Prometheus, and nothing below the service knows metrics. `take` runs in the loop and only copies;
+`metrics_text` makes the answer of it in a thread.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import trio
+
+from basefs.cache.transfers import FetchCounters
+from basefs.catalog.glance_catalog import Catalog
+from basefs.catalog.records import ImageEntry
+from basefs.core.histogram import DurationHistogram
+from basefs.fuse.operations import Operations
+from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.handlers.gate import ServableGate
+from basefs.service.metrics_table import Sample
+from basefs.sources.glance import GlanceSource
+from basefs.sources.session import GlanceAccess
+
+IMAGES_MAX = 200
+"""Images with series of their own: those used here, the last used first. A node runs fewer; Prometheus keeps each."""
+LOOP_PROBE_S = 1.0
+
+
+class RecordCounts(logging.Handler):
+    """Counts the records of WARNING and above that pass, by level."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.counts: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        self.counts[record.levelname.lower()] += 1
+
+
+def count_records() -> RecordCounts:
+    """The counts of what basefs logs from now on."""
+    counts = RecordCounts()
+    logging.getLogger("basefs").addHandler(counts)
+    return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsParts:
+    """The objects that are looked at."""
+
+    catalog: Catalog
+    gate: ServableGate
+    handler: DownloadingTemplateImageHandler
+    source: GlanceSource
+    access: GlanceAccess
+    operations: Operations
+    counters: FetchCounters
+    records: RecordCounts
+    is_serving: Callable[[], bool]
+
+
+class Metrics:
+    """`take` what there is to tell. Owned by the loop."""
+
+    def __init__(self, parts: MetricsParts) -> None:
+        self._parts = parts
+        self._started_at = time.time()
+        self._loop_delay = DurationHistogram()
+
+    async def run(self) -> None:
+        """Look once a second how late the loop is. Ends when it is cancelled."""
+        while True:
+            due = trio.current_time() + LOOP_PROBE_S
+            await trio.sleep_until(due)
+            self._loop_delay.add(trio.current_time() - due)
+
+    def take(self) -> list[Sample]:
+        """All samples as they are now; nothing in them changes any more."""
+        return [*self._server(), *self._requests(), *self._cache(), *self._glance(), *self._images()]
+
+    def _server(self) -> Iterator[Sample]:
+        parts = self._parts
+        yield "basefs_start_time_seconds", (), self._started_at
+        yield "basefs_serving", (), float(parts.is_serving())
+        for level in ("warning", "error", "critical"):
+            yield "basefs_log_records_total", (level,), parts.records.counts[level]
+        yield "basefs_bugs_total", (), parts.operations.stats.bugs
+        yield "basefs_loop_delay_seconds", (), self._loop_delay.copy()
+
+    def _requests(self) -> Iterator[Sample]:
+        stats = self._parts.operations.stats
+        for operation, histogram in stats.durations.items():
+            yield "basefs_fuse_request_duration_seconds", (operation,), histogram.copy()
+        for labels, count in stats.errors.items():
+            yield "basefs_fuse_errors_total", labels, count
+        for operation, count in {"read": 0, **stats.under_way()}.items():
+            yield "basefs_fuse_requests_in_flight", (operation,), count
+        yield "basefs_hung_reads", (), stats.hung_reads()
+
+    def _cache(self) -> Iterator[Sample]:
+        parts = self._parts
+        yield "basefs_cache_hits_total", (), parts.operations.hits
+        yield "basefs_cache_misses_total", (), parts.operations.misses
+        yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes
+        yield "basefs_cache_used_bytes", (), sum(entry.local.cached_bytes for entry in parts.catalog.entries())
+        yield "basefs_cache_damaged_chunks_total", (), parts.counters.damaged_chunks
+
+    def _glance(self) -> Iterator[Sample]:
+        parts = self._parts
+        http = parts.access.session.stats
+        for (kind, status), count in http.counts().items():
+            yield "basefs_glance_requests_total", (kind, status), count
+        for name, histogram in http.durations().items():
+            yield "basefs_glance_request_duration_seconds", (name,), histogram
+        yield "basefs_glance_received_bytes_total", (), parts.source.received_bytes
+        if parts.access.contact.reachable is not None:
+            yield "basefs_glance_reachable", (), float(parts.access.contact.reachable)
+        if parts.catalog.refreshed_at is not None:
+            yield "basefs_catalog_refreshed_timestamp_seconds", (), parts.catalog.refreshed_at
+
+    def _images(self) -> Iterator[Sample]:
+        gate, handler = self._parts.gate, self._parts.handler
+        entries = self._parts.catalog.entries()
+        handles = {entry: opens for entry in entries if (opens := handler.open_handles(entry))}
+        used = used_images(entries, handles)
+        yield "basefs_images", ("known",), len(entries)
+        yield "basefs_images", ("refused",), sum(1 for entry in entries if gate.verdict(entry).state == "refused")
+        yield "basefs_images", ("open",), len(handles)
+        yield "basefs_images", ("used_here",), len(used)
+        yield "basefs_open_handles", (), sum(handles.values())
+        for entry in used[:IMAGES_MAX]:
+            labels = (entry.image_id,)
+            yield "basefs_image_size_bytes", labels, entry.size
+            yield "basefs_image_cached_bytes", labels, entry.local.cached_bytes
+            yield "basefs_image_open_handles", labels, handles.get(entry, 0)
+
+
+def used_images(entries: Iterable[ImageEntry], opened: Iterable[ImageEntry]) -> list[ImageEntry]:
+    """The images with local state or open, those that are open first, then the last used ones."""
+    is_open = set(opened)
+    used = [entry for entry in entries if entry.local.used_at_ns is not None or entry in is_open]
+    return sorted(used, key=lambda entry: (entry not in is_open, -(entry.local.used_at_ns or 0)))
+
+
+async def run_metrics(metrics: Metrics, address: tuple[str, int] | None) -> None:
+    """Answer scrapes on `address` until cancelled; nothing without one."""
+    if address is None:
+        return
+    serve_metrics = await trio.to_thread.run_sync(_import_metrics_server)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(metrics.run)
+        nursery.start_soon(serve_metrics, address, metrics.take)
+
+
+def _import_metrics_server() -> Callable[[tuple[str, int], Callable[[], list[Sample]]], Awaitable[None]]:
+    # Late, and in a thread, as the control socket's server: no guest waits for it.
+    from basefs.service.metrics_server import serve_metrics
+
+    return serve_metrics

@@ -1,0 +1,70 @@
+"""Every metric that basefs has: name, kind, labels, and what it means. docs/OPERATIONS.md says what to do about it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from basefs.core.histogram import DurationHistogram
+
+Sample = tuple[str, tuple[str, ...], float | DurationHistogram]
+"""Name of the metric, values of its labels, value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. `help` is what Prometheus shows beside it."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+_SERVER = (
+    Metric("basefs_build_info", "gauge", "Always 1; what runs.", ("version", "python", "kernel")),
+    Metric("basefs_start_time_seconds", "gauge", "When this server began to serve, in seconds of Unix time."),
+    Metric("basefs_serving", "gauge", "1 while the kernel's requests are answered."),
+    Metric("basefs_server_restarts_total", "counter", "Servers that were started again since the mount was made."),
+    Metric("basefs_server_start_info", "gauge", "Always 1; why this server was started.", ("reason", "last_death")),
+    Metric("basefs_keeper_connected", "gauge", "1 while the keeper, which starts the next server, lives."),
+    Metric("basefs_log_records_total", "counter", "Records of basefs of WARNING and above.", ("level",)),
+    Metric("basefs_bugs_total", "counter", "Exceptions that nobody foresaw; each left a traceback in the log."),
+    Metric("basefs_loop_delay_seconds", "histogram", "How late a timer of the event loop comes, once a second."),
+)
+_REQUESTS = (
+    Metric(
+        "basefs_fuse_request_duration_seconds",
+        "histogram",
+        "Time to the answer of the kernel's requests, but for reads that were answered at once (cache hits).",
+        ("operation",),
+    ),
+    Metric("basefs_fuse_errors_total", "counter", "Requests answered by an error.", ("operation", "errno")),
+    Metric("basefs_fuse_requests_in_flight", "gauge", "Requests that wait for their answer.", ("operation",)),
+    Metric("basefs_hung_reads", "gauge", "Reads that have waited for more than 10 s."),
+)
+_CACHE = (
+    Metric("basefs_cache_hits_total", "counter", "Reads of images answered at once."),
+    Metric("basefs_cache_misses_total", "counter", "Reads of images that had to wait for Glance or the cache disk."),
+    Metric("basefs_cache_hit_bytes_total", "counter", "Bytes answered at once."),
+    Metric("basefs_cache_used_bytes", "gauge", "Bytes of images in the local cache."),
+    Metric("basefs_cache_damaged_chunks_total", "counter", "Chunks that did not fit their checksum; fetched again."),
+)
+_GLANCE = (
+    Metric(
+        "basefs_glance_requests_total",
+        "counter",
+        "Requests to Glance and Keystone by status; `none`: no answer came.",
+        ("kind", "status"),
+    ),
+    Metric("basefs_glance_request_duration_seconds", "histogram", "Time to the head of an answer.", ("kind",)),
+    Metric("basefs_glance_received_bytes_total", "counter", "Bytes of images that came from Glance."),
+    Metric("basefs_glance_reachable", "gauge", "1 when the last contact with Glance succeeded, 0 when it failed."),
+    Metric("basefs_catalog_refreshed_timestamp_seconds", "gauge", "When the image catalog was last refreshed."),
+)
+_IMAGES = (
+    Metric("basefs_images", "gauge", "Images by what holds of them; one image may count in several.", ("what",)),
+    Metric("basefs_open_handles", "gauge", "Handles on images that the kernel has open."),
+    Metric("basefs_image_size_bytes", "gauge", "Size of an image that is used here.", ("image_id",)),
+    Metric("basefs_image_cached_bytes", "gauge", "Bytes of an image that are here.", ("image_id",)),
+    Metric("basefs_image_open_handles", "gauge", "Handles on an image.", ("image_id",)),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*_SERVER, *_REQUESTS, *_CACHE, *_GLANCE, *_IMAGES)}
