@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
-from basefs.cache.transfers import FetchCounters
+from basefs.cache.fetch_services import FetchCounters
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.core.histogram import DurationHistogram

@@ -23,7 +23,7 @@ def test_an_address_is_an_ip_address_and_a_port(text: str, address: tuple[str, i
     "text", ["9757", ":9757", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", "::1:9757", "[127.0.0.1]:9757", "[::1]:٣"]
 )
 def test_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="IP address|form ADDRESS:PORT|brackets"):
+    with pytest.raises(ValueError, match=r"IP address|form ADDRESS:PORT|brackets"):
         listen_address(text)
 
 
