@@ -1,13 +1,14 @@
-"""The local bytes of one image: `<inode>.data` (sparse) and `<inode>.map` (which chunks, and their checksums).
+"""The local bytes of one image: `<inode>.data` (sparse) and `<inode>.map` (the checksums of its chunks).
 
 Invariants:
 - A chunk's bytes are written before its checksum, its checksum before its `ready` byte; whoever sees a
   ready byte sees the bytes. Nothing is synced: after a power cut a checksum tells a chunk that is whole
   from one that is not.
-- `ready` is zeroed when the file is opened. A chunk becomes ready only by `mark_ready`, after it was
-  written or verified in the life of this server.
-- Checksums go to disk by pwrite, never through the mapping, and the pages of `ready` are written before
-  they are mapped: a full disk is an OSError here, not a SIGBUS that ends the mount.
+- `ready`, one byte a chunk (NOT_READY: not to be served; READY; READY_MARKED: serve, but tell the planner first),
+  is in memory and begins as zeros. A chunk becomes ready only by `mark_ready`, after it was written or verified
+  in the life of this server.
+- Nothing of the cache disk is mapped: a mapped page that the disk cannot give or take (EIO, read-only) is a
+  SIGBUS that ends the server, and one that it does not give (a disk that hangs) stops the loop.
 
 Methods that say "thread" block on the disk and are called through `BlockingCalls`; the others touch memory only.
 """
@@ -20,7 +21,9 @@ from pathlib import Path
 
 from basefs import errors
 from basefs.cache.holes import punch_hole
-from basefs.core.chunk_map import NOT_READY, PAGE, READY, READY_MARKED, ChunkMapHeader, checksum, parse_header
+from basefs.core.chunk_map import PAGE, SUM_BYTES, SUMS_OFFSET, ChunkMapHeader, checksum, parse_header
+
+NOT_READY, READY, READY_MARKED = 0, 1, 2
 
 HIT_BYTES_MAX = 1 << 20
 """The largest read the kernel sends (FUSE max_pages 256)."""
@@ -63,9 +66,8 @@ class ChunkFile:
         self._data_fd = data_fd
         self._map_fd = map_fd
         self._shift = header.chunk_bytes.bit_length() - 1
-        self._mapping = mmap.mmap(map_fd, header.sums_offset)
-        self._view = memoryview(self._mapping)
-        self._ready = self._view[header.ready_offset : header.ready_offset + header.chunks]
+        self._seed = header.seed()
+        self._ready = memoryview(bytearray(header.chunks))
         self._zeros = bytes(header.chunk_bytes)
 
     def hit(self, offset: int, size: int) -> memoryview | bytes | None:
@@ -126,14 +128,26 @@ class ChunkFile:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {len(data)} of {length} bytes at {offset}")
         return data
 
-    def read_verified(self, index: int) -> bytes | None:
-        """Chunk `index` if its bytes fit its checksum, else None (thread). A damaged disk is a None too."""
+    def verify(self, first: int, count: int) -> list[memoryview | None]:
+        """The bytes of `count` chunks from `first` on, each None where they do not fit its checksum (thread).
+
+        A chunk that the disk does not give is a None, too.
+        """
+        start = first * self.header.chunk_bytes
         try:
-            data = self.read(index * self.header.chunk_bytes, self.header.chunk_length(index))
-            (wanted,) = struct.unpack("<Q", os.pread(self._map_fd, 8, self.header.sums_offset + 8 * index))
+            data = memoryview(self.read(start, min(start + count * self.header.chunk_bytes, self.size) - start))
+            sums = self._sums(first, count)
         except (errors.CacheError, OSError, struct.error):
-            return None
-        return data if wanted == checksum(data) else None
+            return [None] if count == 1 else [self.verify(first + at, 1)[0] for at in range(count)]
+        step = self.header.chunk_bytes
+        chunks = [data[at : at + step] for at in range(0, len(data), step)]
+        return [
+            chunk if wanted == checksum(chunk, self._seed) else None for chunk, wanted in zip(chunks, sums, strict=True)
+        ]
+
+    def _sums(self, first: int, count: int) -> tuple[int, ...]:
+        """OSError, struct.error: the disk did not give them."""
+        return struct.unpack(f"<{count}Q", os.pread(self._map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * first))
 
     def write_piece(self, offset: int, piece: bytes) -> None:
         """Store the whole chunks in `piece` at chunk-aligned `offset`, then their checksums (thread).
@@ -143,7 +157,7 @@ class ChunkFile:
         """
         chunk_bytes = self.header.chunk_bytes
         view = memoryview(piece)
-        sums = [checksum(view[at : at + chunk_bytes]) for at in range(0, len(piece), chunk_bytes)]
+        sums = [checksum(view[at : at + chunk_bytes], self._seed) for at in range(0, len(piece), chunk_bytes)]
         try:
             if self._has_zero_chunk(view):
                 for at in range(0, len(piece), chunk_bytes):
@@ -151,7 +165,7 @@ class ChunkFile:
             else:
                 _write_all(self._data_fd, view, offset)
             packed = struct.pack(f"<{len(sums)}Q", *sums)
-            _write_all(self._map_fd, memoryview(packed), self.header.sums_offset + 8 * (offset // chunk_bytes))
+            _write_all(self._map_fd, memoryview(packed), SUMS_OFFSET + SUM_BYTES * (offset // chunk_bytes))
         except OSError as exc:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
 
@@ -173,7 +187,7 @@ class ChunkFile:
         """Forget the checksums of these chunks (thread). They count no more, also after a restart."""
         try:
             for index in indexes:
-                _write_all(self._map_fd, memoryview(bytes(8)), self.header.sums_offset + 8 * index)
+                _write_all(self._map_fd, memoryview(bytes(SUM_BYTES)), SUMS_OFFSET + SUM_BYTES * index)
         except OSError as exc:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
 
@@ -183,17 +197,15 @@ class ChunkFile:
         step = 1 << 16
         for start in range(0, self.header.chunks, step):
             count = min(step, self.header.chunks - start)
-            raw = os.pread(self._map_fd, 8 * count, self.header.sums_offset + 8 * start)
+            raw = os.pread(self._map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * start)
             if raw.strip(b"\0"):
-                sums = struct.unpack(f"<{len(raw) // 8}Q", raw)
+                sums = struct.unpack(f"<{len(raw) // SUM_BYTES}Q", raw)
                 states[start : start + len(sums)] = bytes(1 if value else 0 for value in sums)
         return states
 
     def close(self) -> None:
-        """Give the fds and the mapping back. Nobody may use the object afterwards."""
+        """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
         self._ready.release()
-        self._view.release()
-        self._mapping.close()
         os.close(self._data_fd)
         os.close(self._map_fd)
 
@@ -222,8 +234,6 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
             header = wanted
             data_path(directory, inode).unlink(missing_ok=True)
             _format_map(map_fd, header)
-        else:
-            _write_all(map_fd, memoryview(bytes(header.sums_offset - PAGE)), PAGE)
         data_fd = os.open(data_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if os.fstat(data_fd).st_size < header.size:
             os.ftruncate(data_fd, header.size)
@@ -249,6 +259,4 @@ def _format_map(map_fd: int, header: ChunkMapHeader) -> None:
     # The header last: a map that was begun and not finished is no map.
     os.ftruncate(map_fd, 0)
     os.ftruncate(map_fd, header.map_bytes)
-    os.posix_fallocate(map_fd, 0, header.sums_offset)
-    _write_all(map_fd, memoryview(bytes(header.sums_offset - PAGE)), PAGE)
     _write_all(map_fd, memoryview(header.pack()), 0)

@@ -17,6 +17,7 @@ from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.ledger import ChunkLedger
 from basefs.cache.transfers import ImageTransfers
+from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
 from basefs.catalog.records import ImageEntry
 from basefs.core.byte_ranges import chunk_span
@@ -39,6 +40,7 @@ class ImageFetcher:
         self._flights = Flights(entry.image_id, services.nursery)
         self._deliveries = Deliveries(entry, self._ledger, self._board, self._flights, services)
         self._transfers = ImageTransfers(entry, self._ledger, self._board, self._flights, self._deliveries, services)
+        self._verifier = ChunkVerifier(self._ledger, services.disk, self._flights, self._damaged)
         self._readers = 0
         self._no_readers = trio.Event()
         self.hit: Callable[[int, int], memoryview | bytes | None] = (
@@ -97,21 +99,21 @@ class ImageFetcher:
     async def _read(self, offset: int, length: int, patient: bool, last_error: list[errors.BasefsError]) -> bytes:
         """As `read`, without the deadline; `last_error` gets the failures that were waited through."""
         span = chunk_span(offset, length, self.chunk_bytes)
-        unstored: dict[int, bytes] = {}
+        memory: dict[int, bytes | memoryview] = {}
         while True:
             for marker, chunks in self._ledger.touch_markers(span):
                 self._transfers.read_ahead(marker, chunks)
-            await self._verify(span)
-            absent = [index for index in self._ledger.absent(span) if index not in unstored]
+            memory |= await self._verifier.verify(span)
+            absent = [index for index in self._ledger.absent(span) if index not in memory]
             if not absent:
-                data = await self._assemble(span, offset, length, unstored)
+                data = await self._assemble(span, offset, length, memory)
                 if data is not None:
                     return data
             elif not self._deliveries.gate.is_open:
                 await self._deliveries.gate.wait()
             else:
                 try:
-                    unstored |= await self._wait_for(absent)
+                    memory |= await self._wait_for(absent)
                 except errors.BasefsError as exc:
                     last_error[:] = [exc]
                     if not _may_pass(exc, patient=patient):
@@ -129,18 +131,19 @@ class ImageFetcher:
             raise copy.copy(waiter.error)
         return waiter.unstored
 
-    async def _assemble(self, span: range, offset: int, length: int, unstored: dict[int, bytes]) -> bytes | None:
+    async def _assemble(
+        self, span: range, offset: int, length: int, memory: dict[int, bytes | memoryview]
+    ) -> bytes | None:
         """The bytes, all of which are here; None when the cache disk failed and the reader has to look again."""
-        if not unstored:
-            hit = self.hit(offset, length)
-            return bytes(hit) if hit is not None else await self._read_file(offset, length, span)
+        if not memory:
+            return await self._read_file(offset, length, span)
         parts = []
         for index in span:
             start = index * self.chunk_bytes
             begin, end = max(offset, start), min(offset + length, start + self.chunk_bytes)
-            part: bytes | None
-            if index in unstored:
-                part = unstored[index][begin - start : end - start]
+            part: bytes | memoryview | None
+            if index in memory:
+                part = memory[index][begin - start : end - start]
             else:
                 part = await self._read_file(begin, end - begin, range(index, index + 1))
             if part is None:
@@ -149,6 +152,10 @@ class ImageFetcher:
         return b"".join(parts)
 
     async def _read_file(self, offset: int, length: int, span: range) -> bytes | None:
+        """The bytes of READY chunks; None when the cache disk failed: they are absent then."""
+        hit = self.hit(offset, length)
+        if hit is not None:
+            return bytes(hit)
         file = self._ledger.file
         if file is not None:
             try:
@@ -159,27 +166,14 @@ class ImageFetcher:
             self._ledger.lose(index)
         return None
 
-    async def _verify(self, span: range) -> None:
-        """Check the chunks of an earlier life in `span` against their checksums; damaged ones become absent."""
-        stored = self._ledger.unverified(span)
-        file = self._ledger.file
-        if not stored or file is None:
-            return
-        good = await self._services.disk.run(_verified, file, stored)
-        damaged = 0
-        for index in self._ledger.unverified(span):  # less what another reader was quicker with
-            if index in good:
-                self._ledger.stored(index)
-            else:
-                self._ledger.lose(index)
-                damaged += 1
-        if damaged:
-            self._services.counters.damaged_chunks += damaged
-            log.warning(
-                "image %s: %d cached chunks from byte %d on are damaged; they are fetched again",
-                self.entry.image_id, damaged, span.start * self.chunk_bytes,
-            )  # fmt: skip
-            self._deliveries.tell_size()
+    def _damaged(self, first: int, count: int) -> None:
+        """Chunks of an earlier life did not fit their checksums; they are absent now."""
+        self._services.counters.damaged_chunks += count
+        log.warning(
+            "image %s: %d cached chunks from byte %d on are damaged; they are fetched again",
+            self.entry.image_id, count, first * self.chunk_bytes,
+        )  # fmt: skip
+        self._deliveries.tell_size()
 
     async def fetch_background(self, bytes_max: int) -> bool:
         """Bring something that is missing, at most `bytes_max`, at background priority; False when nothing is.
@@ -240,7 +234,3 @@ def _may_pass(error: errors.BasefsError, *, patient: bool) -> bool:
 
 def _no_hit(_offset: int, _size: int) -> None:
     """Without a chunk file nothing can be had at once."""
-
-
-def _verified(file: ChunkFile, indexes: list[int]) -> set[int]:
-    return {index for index in indexes if file.read_verified(index) is not None}

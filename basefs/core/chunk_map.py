@@ -1,10 +1,10 @@
-"""The file `<inode>.map`: which chunks of an image are here, and their checksums. Format version 1.
+"""The file `<inode>.map`: which chunks of an image are here, and their checksums. Format version 2.
 
     0      header, 4096 bytes: HEADER below, then zeros
-    4096   `ready`, one byte a chunk, padded to 4096: 0 not to be served, 1 serve, 2 serve and tell the planner
-    ...    `sums`, one little-endian u64 a chunk: xxh3-64 of the chunk's bytes, 0 = the chunk is absent
+    4096   `sums`, one little-endian u64 a chunk: xxh3-64 of the chunk's bytes, 0 = the chunk is absent
 
-`tests/core/test_chunk_map.py` pins the bytes: whoever changes them raises VERSION.
+The checksums are seeded with the header, so those of another image's map, which a power cut may leave below a
+header of ours, fit no bytes. `tests/core/test_chunk_map.py` pins the bytes: whoever changes them raises VERSION.
 """
 
 import struct
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"basefsmp"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
-NOT_READY, READY, READY_MARKED = 0, 1, 2
+SUMS_OFFSET = PAGE
+SUM_BYTES = 8
 
 # magic, version, chunk_bytes, image size, length of the image id, image id; then xxh3-64 of all that
 _HEADER = struct.Struct("<8sIIQI192s")
@@ -37,19 +38,9 @@ class ChunkMapHeader:
         return -(-self.size // self.chunk_bytes)
 
     @property
-    def ready_offset(self) -> int:
-        """Where `ready` begins."""
-        return PAGE
-
-    @property
-    def sums_offset(self) -> int:
-        """Where `sums` begins."""
-        return PAGE + -(-self.chunks // PAGE) * PAGE
-
-    @property
     def map_bytes(self) -> int:
         """Size of the map file."""
-        return self.sums_offset + 8 * self.chunks
+        return SUMS_OFFSET + SUM_BYTES * self.chunks
 
     def chunk_length(self, index: int) -> int:
         """Bytes in chunk `index`, 0 <= index < chunks."""
@@ -61,11 +52,18 @@ class ChunkMapHeader:
         Raises:
             ValueError: the image id is longer than IMAGE_ID_BYTES_MAX bytes.
         """
+        body = self._body()
+        return (body + _SUM.pack(xxhash.xxh3_64_intdigest(body))).ljust(PAGE, b"\0")
+
+    def seed(self) -> int:
+        """What the checksums of this map's chunks begin with; another for every image and geometry."""
+        return xxhash.xxh3_64_intdigest(self._body())
+
+    def _body(self) -> bytes:
         name = self.image_id.encode("utf-8")
         if len(name) > IMAGE_ID_BYTES_MAX:
             raise ValueError(f"image id of {len(name)} bytes; {IMAGE_ID_BYTES_MAX} at most")
-        body = _HEADER.pack(MAGIC, VERSION, self.chunk_bytes, self.size, len(name), name)
-        return (body + _SUM.pack(xxhash.xxh3_64_intdigest(body))).ljust(PAGE, b"\0")
+        return _HEADER.pack(MAGIC, VERSION, self.chunk_bytes, self.size, len(name), name)
 
 
 def parse_header(page: bytes) -> ChunkMapHeader:
@@ -89,6 +87,6 @@ def parse_header(page: bytes) -> ChunkMapHeader:
     return ChunkMapHeader(image_id=name[:name_length].decode("utf-8"), size=size, chunk_bytes=chunk_bytes)
 
 
-def checksum(data: bytes | memoryview) -> int:
+def checksum(data: bytes | memoryview, seed: int) -> int:
     """The checksum of a chunk: xxh3-64, never 0, because 0 in the map says that the chunk is absent."""
-    return xxhash.xxh3_64_intdigest(data) or 1
+    return xxhash.xxh3_64_intdigest(data, seed) or 1

@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from basefs import errors
+from basefs.cache.chunk_file import ChunkFile
 from basefs.cache.fetch_services import FetchCounters
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.core.chunk_map import ChunkMapHeader
@@ -275,3 +276,68 @@ async def test_background_work_fills_what_is_missing(fetchers: Fetchers, source:
             pass
         assert fetcher.is_complete
         assert source.received_bytes == len(image)
+
+
+async def test_the_bytes_that_were_checked_are_the_bytes_that_are_served(
+    fetchers: Fetchers, source: MemorySource, image: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the disk gives others when it is asked again."""
+    async with fetchers(source) as fetcher:
+        await read(fetcher, 0, 8 * CHUNK)
+    verify = ChunkFile.verify
+
+    def verify_and_damage(file: ChunkFile, first: int, count: int) -> list[memoryview | None]:
+        found = verify(file, first, count)
+        with (tmp_path / "42.data").open("r+b") as data:
+            data.write(bytes(8 * CHUNK))
+        return found
+
+    monkeypatch.setattr(ChunkFile, "verify", verify_and_damage)
+    async with fetchers(source) as fetcher:
+        assert await read(fetcher, 5, 8 * CHUNK - 5) == image[5 : 8 * CHUNK]
+
+
+async def test_a_reader_in_order_finds_the_next_chunks_checked_already(
+    fetchers: Fetchers, source: MemorySource, image: bytes
+) -> None:
+    async with fetchers(source) as fetcher:
+        await read(fetcher, 0, len(image))
+    waited = 0
+    async with fetchers(source) as fetcher:
+        for offset in range(0, 128 * CHUNK, CHUNK):
+            if fetcher.hit(offset, CHUNK) is None:
+                waited += 1
+                assert await read(fetcher, offset, CHUNK) == image[offset : offset + CHUNK]
+                await trio.testing.wait_all_tasks_blocked(0.02)
+    assert waited <= 9, "windows double"
+
+
+async def test_a_reader_out_of_order_has_only_its_own_chunks_checked(
+    fetchers: Fetchers, source: MemorySource, image: bytes
+) -> None:
+    async with fetchers(source) as fetcher:
+        await read(fetcher, 0, len(image))
+    async with fetchers(source) as fetcher:
+        for index in (100, 3, 50, 20):
+            assert await read(fetcher, index * CHUNK + 5, 10) == image[index * CHUNK + 5 :][:10]
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert [index for index in range(130) if fetcher.hit(index * CHUNK, 1) is not None] == [3, 20, 50, 100]
+
+
+async def test_damage_in_any_chunk_of_a_read_harms_no_other(
+    fetchers: Fetchers, source: MemorySource, image: bytes, tmp_path: Path,
+    counters: FetchCounters, expected_warnings: ExpectedWarnings,
+) -> None:  # fmt: skip
+    expected_warnings("2 cached chunks from byte 49152 on are damaged")
+    async with fetchers(source) as fetcher:
+        await read(fetcher, 0, len(image))
+    with (tmp_path / "42.data").open("r+b") as file:
+        for at in (3 * CHUNK, len(image) - 1):
+            file.seek(at)
+            file.write(b"\xa5")
+    before = source.received_bytes
+    async with fetchers(source) as fetcher:
+        assert await read(fetcher, 0, len(image)) == image
+        assert counters.damaged_chunks == 2
+        assert source.received_bytes - before < 8 * CHUNK
+        assert fetcher.is_complete

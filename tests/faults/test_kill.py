@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from basefs.core.chunk_map import PAGE, parse_header
+from basefs.core.chunk_map import PAGE, SUMS_OFFSET, parse_header
 from basefs.keeper_setup import lock_holder
 from basefs.keeper_spec import KeeperSpec, command_line
 from tests.conftest import ExpectedWarnings, MountFactory
@@ -126,7 +126,7 @@ def chunks_here(mount: BasefsMount) -> set[int]:
         header = parse_header(raw[:PAGE])
     except ValueError:
         return set()
-    sums = struct.unpack_from(f"<{header.chunks}Q", raw, header.sums_offset)
+    sums = struct.unpack_from(f"<{header.chunks}Q", raw, SUMS_OFFSET)
     return {index for index, value in enumerate(sums) if value}
 
 
