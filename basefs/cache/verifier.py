@@ -91,7 +91,7 @@ class ChunkVerifier:
 
 def _verified(file: ChunkFile, indexes: list[int]) -> dict[int, memoryview]:
     """In a thread."""
-    found = {}
+    found: dict[int, memoryview] = {}
     for run in runs(indexes):
         chunks = zip(run, file.verify(run.start, len(run)), strict=True)
         found |= {index: chunk for index, chunk in chunks if chunk is not None}
