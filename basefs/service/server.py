@@ -9,13 +9,13 @@ service nursery ............ lives as long as the mount
 """
 
 import gc
+import importlib.metadata
 import logging
 import os
 import pwd
 import random
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -39,6 +39,7 @@ from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
+from basefs.service.arguments import Arguments, option_texts
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.session import serve_session
@@ -58,19 +59,6 @@ BACKGROUND_RESERVE = 2
 GUEST_USERS = ("libvirt-qemu", "qemu")
 STOP_LIMIT_S = 10.0
 """How long the end of the service may take before what hangs is left behind."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arguments:
-    """What the keeper hands to a server (docs/DESIGN.md, section 1)."""
-
-    session_fd: int
-    keeper_fd: int
-    lower_fd: int
-    lock_fd: int
-    keeper_pid: int
-    config_files: list[str]
-    config_dirs: list[str]
 
 
 class Service:
@@ -99,6 +87,7 @@ class Service:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(database.run)
+                nursery.start_soon(self._channel.deliver)
                 await self._serve(nursery, database, lower)
                 nursery.cancel_scope.cancel()
         finally:
@@ -179,6 +168,7 @@ class Service:
         view.state = "stopping"
         _end_by(STOP_LIMIT_S)
         await handler.close()
+        await self._channel.flush()
 
     async def _handler(
         self, nursery: trio.Nursery, source: GlanceSource, catalog: Catalog, counters: FetchCounters
@@ -257,15 +247,21 @@ def _highest_number(chunks_dir: Path) -> int:
     return max((number for number in numbers if number is not None), default=0)
 
 
-async def serve(arguments: Arguments, conf: cfg.ConfigOpts, settings: Settings) -> None:
-    """Serve the mount that the keeper `arguments` come from, until it is gone.
+async def serve(
+    arguments: Arguments, conf: cfg.ConfigOpts, settings: Settings, channel: KeeperChannel, not_applied: list[str]
+) -> None:
+    """Wait for our turn, then serve the mount that the keeper `arguments` come from, until it is gone.
+
+    Returns also when the keeper says `stop`. `not_applied`: options that cannot change while it is mounted.
 
     Raises:
         BasefsError: the service could not begin; the keeper was told.
     """
-    channel = KeeperChannel(arguments.keeper_fd)
     try:
-        await Service(arguments, conf, settings, channel).run()
+        service = Service(arguments, conf, settings, channel)
+        version = importlib.metadata.version("basefs")
+        if await channel.begin(version=version, options=option_texts(settings), not_applied=not_applied):
+            await service.run()
     except* errors.BasefsError as group:
         error = _first(group)
         channel.send({"type": "failed", "error": str(error)})

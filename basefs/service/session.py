@@ -18,6 +18,9 @@ SYNCHRONOUS_MAX = 500
 that wait for Glance. Each costs about 8 KiB of memory while it waits."""
 
 
+log = logging.getLogger(__name__)
+
+
 class _RepliesToNobody(logging.Filter):
     """Drops pyfuse3's records of replies to requests that the kernel has withdrawn, as it does while unmounting."""
 
@@ -33,7 +36,7 @@ async def serve_session(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer the kernel until the mount is gone. Reports started when requests are being answered.
+    """Answer the kernel until the mount is gone or the keeper says `stop`. Reports started when requests are answered.
 
     The kernel has at most `max_background` asynchronous requests open at a time.
 
@@ -55,6 +58,7 @@ async def serve_session(
         os.close(fuse_fd)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_main_then_cancel, max_background + SYNCHRONOUS_MAX, nursery.cancel_scope)
+            nursery.start_soon(_cancel_at_stop, channel, nursery.cancel_scope)
             channel.send({"type": "ready"})
             task_status.started()
     finally:
@@ -65,3 +69,15 @@ async def _main_then_cancel(tasks_max: int, scope: trio.CancelScope) -> None:
     """Ends when the session does."""
     await pyfuse3.main(max_tasks=tasks_max)
     scope.cancel()
+
+
+async def _cancel_at_stop(channel: KeeperChannel, scope: trio.CancelScope) -> None:
+    """Ends when the keeper says `stop` or is gone; the latter is no reason to stop.
+
+    A request that waits is left unanswered: the keeper has the kernel hand it to the next server. One that changes
+    something below runs in a thread by then, which is waited for and answered (`LowerCalls.run`), so nothing is
+    done twice.
+    """
+    if await channel.listen():
+        log.info("stopping: another server takes over")
+        scope.cancel()
