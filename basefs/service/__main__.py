@@ -32,7 +32,7 @@ def main() -> int:
         channel.send({"type": "failed", "kind": "config", "error": str(exc)})
         return 1
     set_up_logging(conf)
-    settings, not_applied = with_fixed(settings, arguments.fixed)
+    settings, not_applied = with_fixed(settings, arguments.fixed or {})
     try:
         trio.run(serve, arguments, conf, settings, channel, not_applied)
     except errors.BasefsError as exc:

@@ -17,7 +17,7 @@ class Arguments:
     keeper_pid: int
     config_files: list[str]
     config_dirs: list[str]
-    fixed: dict[str, str]
+    fixed: dict[str, str] | None = None
     """Options by name that cannot change while it is mounted, as they were then; empty at the first start."""
 
 

@@ -4,6 +4,7 @@ Datagrams leave in the order in which they were posted. What the socket does not
 with fds of its own, for `deliver`. A keeper that is gone is no reason to stop serving: nothing here fails then.
 """
 
+import array
 import contextlib
 import json
 import logging
@@ -94,7 +95,8 @@ class KeeperChannel:
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
         """False if the socket is full. True also when the keeper is gone: then nobody will ever take it."""
         try:
-            socket.send_fds(self._socket, [data], fds, socket.MSG_DONTWAIT)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            self._socket.sendmsg([data], rights, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError as exc:
@@ -111,7 +113,7 @@ class KeeperChannel:
         """
         await trio.lowlevel.wait_readable(self._socket)
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES_MAX, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            data, fds = _receive(self._socket)
         except ConnectionResetError:
             data, fds = b"", []
         if not data:
@@ -192,3 +194,14 @@ class KeeperChannel:
                 first.sent.set()
                 for fd in first.fds:
                     os.close(fd)
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """One datagram, and its fds, which no child inherits: `socket.recv_fds` of Python 3.11 ignores flags."""
+    fds = array.array("i")
+    room = socket.CMSG_SPACE(FDS_MAX * fds.itemsize)
+    data, ancillary, _, _ = sock.recvmsg(MESSAGE_BYTES_MAX, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)

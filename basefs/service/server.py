@@ -260,7 +260,10 @@ async def serve(
     try:
         service = Service(arguments, conf, settings, channel)
         version = importlib.metadata.version("basefs")
-        if await channel.begin(version=version, options=option_texts(settings), not_applied=not_applied):
+        # A keeper without `fixed` does not know `loaded` yet.
+        if arguments.fixed is None or await channel.begin(
+            version=version, options=option_texts(settings), not_applied=not_applied
+        ):
             await service.run()
     except* errors.BasefsError as group:
         error = _first(group)
