@@ -21,11 +21,12 @@ import sys
 import time
 
 from basefs.errors import BasefsError, MountError
-from basefs.keeper_setup import CacheLock, open_lower_directory, tell_systemd, tune_mount
+from basefs.keeper_setup import CacheLock, open_lower_directory, tune_mount
 from basefs.keeper_spec import KeeperSpec
 from basefs.keeper_wakeups import Wakeups
 from basefs.kernel_session import INIT_BYTES_MAX, KernelSession
 from basefs.server_process import ServerProcess, describe_exit
+from basefs.service_manager import tell_systemd
 
 log = logging.getLogger("basefs.keeper")
 

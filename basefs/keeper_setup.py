@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -144,12 +143,3 @@ def tune_mount(mount: mounts.Mount, read_ahead_kib: int, max_background: int) ->
                 file.write(str(value))
         except OSError as exc:
             log.warning("cannot write %d to %s: %s; reads will be slower", value, path, exc.strerror)
-
-
-def tell_systemd(state: str) -> None:
-    """Send a notification to the service manager, where there is one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)

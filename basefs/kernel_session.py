@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import select
+from typing import Self
 
 from basefs import mounts, processes
 from basefs.errors import MountError
@@ -23,9 +24,16 @@ class KernelSession:
     init_request: bytes
 
     def __init__(self, mountpoint: str) -> None:
-        self._mountpoint = mountpoint
+        self.mountpoint = mountpoint
         self._resend_works = True
         self.fd = -1
+
+    @classmethod
+    def of_another_keeper(cls, mountpoint: str, fd: int, entry: mounts.Mount, init_request: bytes) -> Self:
+        """The session that an earlier keeper began and whose FUSE_INIT it has answered."""
+        session = cls(mountpoint)
+        session.fd, session.entry, session.init_request = fd, entry, init_request
+        return session
 
     def mount(self) -> None:
         """Mount, and take the kernel's FUSE_INIT: it is sent once, and every later server is played the same bytes.
@@ -38,13 +46,13 @@ class KernelSession:
         except OSError as exc:
             raise MountError(f"cannot open /dev/fuse: {exc.strerror} (is the module fuse loaded?)") from None
         try:
-            mounts.mount_fuse(self.fd, self._mountpoint)
+            mounts.mount_fuse(self.fd, self.mountpoint)
         except OSError as exc:
-            raise MountError(f"cannot mount on {self._mountpoint}: {exc.strerror}") from None
-        ours = [mount for mount in mounts.mount_table() if mount.is_basefs and mount.mountpoint == self._mountpoint]
+            raise MountError(f"cannot mount on {self.mountpoint}: {exc.strerror}") from None
+        ours = [mount for mount in mounts.mount_table() if mount.is_basefs and mount.mountpoint == self.mountpoint]
         self.entry = ours[-1]
         if len(ours) > 1:
-            raise MountError(f"another basefs was mounted on {self._mountpoint} at the same moment")
+            raise MountError(f"another basefs was mounted on {self.mountpoint} at the same moment")
         self.init_request = os.read(self.fd, INIT_BYTES_MAX)
 
     def answer_init(self, answer: bytes) -> None:
@@ -81,7 +89,9 @@ class KernelSession:
 
     def is_mounted(self) -> bool:
         """Whether the mount is still attached somewhere in our mount namespace."""
-        return mounts.mount_by_id(self.entry.mount_id) is not None
+        mount = mounts.mount_by_id(self.entry.mount_id)
+        # The kernel gives the id of a mount that is gone to another one.
+        return mount is not None and (mount.major, mount.minor) == (self.entry.major, self.entry.minor)
 
     def unmount(self) -> None:
         """Take the mount away unless it is in use.
@@ -89,20 +99,20 @@ class KernelSession:
         Raises:
             MountError: It stays; the message names who uses it.
         """
-        top = mounts.mount_at(self._mountpoint)
+        top = mounts.mount_at(self.mountpoint)
         if top is None or top.mount_id != self.entry.mount_id:
-            raise MountError(f"the topmost mount on {self._mountpoint} is not ours")
+            raise MountError(f"the topmost mount on {self.mountpoint} is not ours")
         try:
-            mounts.unmount(self._mountpoint)
+            mounts.unmount(self.mountpoint)
         except OSError as exc:
             users = processes.describe_users(processes.users_of(top))
-            raise MountError(f"cannot unmount {self._mountpoint}: {exc.strerror}: {users}") from None
+            raise MountError(f"cannot unmount {self.mountpoint}: {exc.strerror}: {users}") from None
 
     def abandon(self) -> None:
         """Remove the mount, whoever uses it, and let the kernel fail what waits for it."""
-        top = mounts.mount_at(self._mountpoint)
+        top = mounts.mount_at(self.mountpoint)
         if top is not None and hasattr(self, "entry") and top.mount_id == self.entry.mount_id:
-            mounts.unmount(self._mountpoint, is_lazy=True)
+            mounts.unmount(self.mountpoint, is_lazy=True)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

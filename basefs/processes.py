@@ -26,7 +26,7 @@ def users_of(mount: Mount) -> list[MountUser]:
     Processes that end meanwhile, or that we may not look into, are left out.
     """
     found = []
-    for pid in _pids():
+    for pid in all_pids():
         path = next((path for path in _paths_of(pid, mount) if _is_below(path, mount.mountpoint)), None)
         if path is not None:
             found.append(MountUser(pid=pid, name=_name_of(pid), path=path))
@@ -45,7 +45,7 @@ def describe_users(users: list[MountUser], *, shown_max: int = 5) -> str:
 
 def keeper_of(mountpoint: str | os.PathLike[str]) -> int | None:
     """The pid of the basefs keeper that was started for the mount point, or None."""
-    for pid in _pids():
+    for pid in all_pids():
         spec = _keeper_spec(pid)
         if spec is not None and spec.get("mountpoint") == os.fspath(mountpoint) and pid != os.getpid():
             return pid
@@ -62,7 +62,7 @@ def fds_on_path(pid: int, path: str, *, but_not_on: Mount) -> list[str]:
     return [
         f"{base}/fd/{fd}"
         for fd in fds
-        if _readlink(f"{base}/fd/{fd}") == path and _mount_id_of(f"{base}/fdinfo/{fd}") != but_not_on.mount_id
+        if readlink(f"{base}/fd/{fd}") == path and _mount_id_of(f"{base}/fdinfo/{fd}") != but_not_on.mount_id
     ]
 
 
@@ -75,22 +75,39 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def json_argument(pid: int) -> dict[str, Any] | None:
+    """The last argument of the process if it is a JSON object, as that of every keeper and server is."""
+    try:
+        return _parsed(_argv(pid)[-1])
+    except (OSError, IndexError):
+        return None
+
+
 def _keeper_spec(pid: int) -> dict[str, Any] | None:
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            argv = file.read().split(b"\0")
+        argv = _argv(pid)
     except OSError:
         return None
     if KEEPER_MODULE.encode() not in argv[1:5] or not is_running(pid):
         return None
+    return _parsed(argv[-1])
+
+
+def _argv(pid: int) -> list[bytes]:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().split(b"\0")[:-1]
+
+
+def _parsed(argument: bytes) -> dict[str, Any] | None:
     try:
-        spec = json.loads(argv[-2])
+        content = json.loads(argument)
     except ValueError:
         return None
-    return spec if isinstance(spec, dict) else None
+    return content if isinstance(content, dict) else None
 
 
-def _pids() -> list[int]:
+def all_pids() -> list[int]:
+    """Every process of our pid namespace."""
     return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
@@ -110,16 +127,16 @@ def _paths_of(pid: int, mount: Mount) -> Iterator[str]:
     base = f"/proc/{pid}"
     # The lower directory and its files have the same paths as the mount over them; the mount id tells them apart,
     # but means something in our own mount namespace only.
-    has_our_mounts = _readlink(f"{base}/ns/mnt") == _readlink("/proc/self/ns/mnt")
+    has_our_mounts = readlink(f"{base}/ns/mnt") == readlink("/proc/self/ns/mnt")
     try:
         fds = os.listdir(f"{base}/fd")
     except OSError:
         return
     for fd in fds:
         if not has_our_mounts or _mount_id_of(f"{base}/fdinfo/{fd}") == mount.mount_id:
-            yield _readlink(f"{base}/fd/{fd}")
-    yield _readlink(f"{base}/cwd")
-    yield _readlink(f"{base}/root")
+            yield readlink(f"{base}/fd/{fd}")
+    yield readlink(f"{base}/cwd")
+    yield readlink(f"{base}/root")
     try:
         with open(f"{base}/maps", encoding="utf-8", errors="surrogateescape") as file:
             for line in file:
@@ -130,7 +147,8 @@ def _paths_of(pid: int, mount: Mount) -> Iterator[str]:
         return
 
 
-def _readlink(path: str) -> str:
+def readlink(path: str) -> str:
+    """Where a link of /proc leads; empty if it is gone."""
     try:
         return os.readlink(path)
     except OSError:

@@ -1,0 +1,148 @@
+"""One session in systemd's fd store: saved when it begins, adopted by the next keeper, removed when it ends.
+
+Standard library only. What has to be true before a session is adopted is in `_adoptable`; whatever else systemd passes
+is closed, and removed from the store if a basefs put it there.
+"""
+
+import logging
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from basefs.keeper_fd_store import PREFIX, FdStore, HeldNotes, remove_stored
+from basefs.keeper_held import HeldFds
+from basefs.keeper_saved_session import SavedSession
+from basefs.kernel_session import KernelSession
+from basefs.service_manager import close_all, inherited_fds
+
+log = logging.getLogger("basefs.keeper")
+
+Group = dict[str, int]
+"""Inherited fds of one token, by what they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """A session that goes on under this keeper; the fds are the caller's."""
+
+    session: KernelSession
+    saved: SavedSession
+    lower_fd: int
+
+
+class SessionStore:
+    """The fds of the keeper's session in the fd store, and what servers gave to hold (`held`), which goes there too.
+
+    Without a service manager everything works, and nothing is stored.
+    """
+
+    def __init__(self, token: str | None = None, notes_fd: int | None = None) -> None:
+        self._store = FdStore(token)
+        self._notes = HeldNotes(self._store, notes_fd)
+        self.held = HeldFds(keep=self._notes if "NOTIFY_SOCKET" in os.environ else None)
+        self.is_stored = notes_fd is not None
+
+    def save(self, session: KernelSession, lower_fd: int, *, cache_dir: str, fixed: dict[str, Any]) -> None:
+        """Store what the next keeper needs. A session that was adopted is stored already."""
+        if self.is_stored:
+            return
+        saved = SavedSession(
+            mountpoint=session.mountpoint,
+            cache_dir=cache_dir,
+            entry=session.entry,
+            init_request=session.init_request,
+            fixed=fixed,
+        )
+        session_fd = saved.to_memfd()
+        try:
+            fds = {"fuse": session.fd, "lower": lower_fd, "notes": self._notes.fd, "session": session_fd}
+            self.is_stored = all(self._store.put(what, fd) for what, fd in fds.items())
+        finally:
+            os.close(session_fd)
+        if not self.is_stored and "NOTIFY_SOCKET" in os.environ:
+            log.warning("the service manager does not keep our fds: the mount would not outlive this process")
+
+    def clear(self) -> None:
+        """The session is over: nothing of it stays."""
+        self.held.close()
+        for what in ("session", "notes", "lower", "fuse"):
+            self._store.remove(what)
+        self.is_stored = False
+
+    def restore_held(self, fds: Group) -> None:
+        """Hold again what an earlier keeper held, `fds` by their numbers; what does not fit together is dropped."""
+        for note in self._notes.restore():
+            fd = fds.pop(str(note.number), None)
+            if fd is None:
+                self._notes.forget(note.number)
+                continue
+            try:
+                self.held.restore(note.text, fd, note.number)
+            except ValueError:
+                self._notes.forget(note.number)
+                os.close(fd)
+        for what, fd in fds.items():
+            self._store.remove(what)
+            os.close(fd)
+
+
+def adopt_session() -> tuple[SessionStore, Adopted | None]:
+    """The session that systemd has kept for us, if it goes on, and the store of ours.
+
+    Everything that systemd passed belongs to the result or is closed.
+    """
+    for token, group in _groups(inherited_fds()).items():
+        adopted = _adopted_or_told(group)
+        if adopted is None:
+            close_all(list(group.values()))
+            for what in group:
+                remove_stored(FdStore(token).name(what))
+            continue
+        store = SessionStore(token, group["notes"])
+        os.close(group["session"])
+        rest = {what: fd for what, fd in group.items() if what.isdecimal()}
+        store.restore_held(rest)
+        return store, adopted
+    return SessionStore(), None
+
+
+def _groups(fds: list[tuple[str, int]]) -> dict[str, Group]:
+    """Ours by token; others are closed."""
+    groups: dict[str, Group] = {}
+    for name, fd in fds:
+        token, _, what = name.removeprefix(PREFIX).partition(".")
+        if not name.startswith(PREFIX) or not what or what in groups.setdefault(token, {}):
+            log.info("an fd that systemd passed is none of ours: %s", name)
+            os.close(fd)
+        else:
+            groups[token][what] = fd
+    return groups
+
+
+def _adopted_or_told(group: Group) -> Adopted | None:
+    try:
+        return _adopted(group)
+    except ValueError as exc:
+        log.warning("the session that systemd kept cannot be adopted: %s", exc)
+        return None
+
+
+def _adopted(group: Group) -> Adopted:
+    """The session of these fds.
+
+    Raises:
+        ValueError: Why it cannot go on under this keeper.
+    """
+    missing = [what for what in ("fuse", "lower", "notes", "session") if what not in group]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    saved = SavedSession.from_memfd(group["session"])
+    session = KernelSession.of_another_keeper(saved.mountpoint, group["fuse"], saved.entry, saved.init_request)
+    if session.has_ended():
+        raise ValueError(f"{saved.mountpoint} was unmounted, or its FUSE connection aborted")
+    # It is alive, so its device number is still its own: a mount with this number is a mount of this session.
+    lower = os.fstat(group["lower"])
+    if not stat.S_ISDIR(lower.st_mode) or lower.st_dev == os.makedev(saved.entry.major, saved.entry.minor):
+        raise ValueError("the lower directory is none")
+    return Adopted(session=session, saved=saved, lower_fd=group["lower"])
