@@ -90,8 +90,8 @@ class KernelSession:
     def is_mounted(self) -> bool:
         """Whether the mount is still attached somewhere in our mount namespace."""
         mount = mounts.mount_by_id(self.entry.mount_id)
-        # The kernel gives the id of a mount that is gone to another one.
-        return mount is not None and (mount.major, mount.minor) == (self.entry.major, self.entry.minor)
+        # The kernel gives both numbers of a mount that is gone to the next one made, and soon.
+        return mount is not None and (mount.minor, mount.mountpoint) == (self.entry.minor, self.entry.mountpoint)
 
     def unmount(self) -> None:
         """Take the mount away unless it is in use.
