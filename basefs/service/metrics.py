@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import trio
 
@@ -21,11 +22,17 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.service.metrics_table import Sample
 from basefs.sources.glance import GlanceSource
+from basefs.sources.request_stats import RequestKind
 from basefs.sources.session import GlanceAccess
 
 IMAGES_MAX = 200
 """Images with series of their own: those used here, the last used first. A node runs fewer; Prometheus keeps each."""
 LOOP_PROBE_S = 1.0
+# What begins at 0: of a series that comes with its first event, Prometheus' increase() does not see that event.
+_NO_ERRORS = {(operation, "EIO"): 0 for operation in ("lookup", "getattr", "open", "read", "readdir", "unlink")}
+_NO_REFUSALS: dict[tuple[RequestKind, str], int] = {
+    (kind, status): 0 for kind in get_args(RequestKind) for status in ("401", "403")
+}
 
 
 class RecordCounts(logging.Handler):
@@ -94,7 +101,7 @@ class Metrics:
         stats = self._parts.operations.stats
         for operation, histogram in stats.durations.items():
             yield "basefs_fuse_request_duration_seconds", (operation,), histogram.copy()
-        for labels, count in stats.errors.items():
+        for labels, count in {**_NO_ERRORS, **stats.errors}.items():
             yield "basefs_fuse_errors_total", labels, count
         for operation, count in {"read": 0, **stats.under_way()}.items():
             yield "basefs_fuse_requests_in_flight", (operation,), count
@@ -111,7 +118,7 @@ class Metrics:
     def _glance(self) -> Iterator[Sample]:
         parts = self._parts
         http = parts.access.session.stats
-        for (kind, status), count in http.counts().items():
+        for (kind, status), count in {**_NO_REFUSALS, **http.counts()}.items():
             yield "basefs_glance_requests_total", (kind, status), count
         for name, histogram in http.durations().items():
             yield "basefs_glance_request_duration_seconds", (name,), histogram
