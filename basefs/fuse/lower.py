@@ -14,6 +14,7 @@ import pyfuse3
 
 from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
+from basefs.core.escrow import Escrow, HeldFd
 from basefs.fuse import lower_disk as disk
 from basefs.fuse import lower_xattrs as xattrs
 from basefs.fuse.lower_attributes import attribute_change, creator, statvfs_data
@@ -38,14 +39,17 @@ def checked_name(name: bytes) -> bytes:
 class LowerTree:
     """The lower directory. Inode 1 is its root, every other is `2**63 | st_ino`."""
 
-    def __init__(self, root_fd: int, blocking: BlockingCalls, *, first_handle: int, timeout_s: float = 1.0) -> None:
+    def __init__(
+        self, root_fd: int, blocking: BlockingCalls, escrow: Escrow, *, first_handle: int, timeout_s: float = 1.0
+    ) -> None:
         """`root_fd`: any fd on the lower directory, opened before the mount; it stays the caller's.
 
-        Handles count up from `first_handle`. The kernel may keep names and attributes for `timeout_s`.
+        Open files are left in `escrow`. Handles count up from `first_handle`. The kernel may keep names and attributes
+        for `timeout_s`.
         """
         self._calls = LowerCalls(blocking, status_in_memory=stays_in_memory(root_fd))
         self._inodes = LowerInodes(root_fd, self._calls, timeout_s=timeout_s)
-        self._files = LowerFiles(self._calls, first_handle=first_handle)
+        self._files = LowerFiles(self._calls, escrow, self._inodes.table.closed, first_handle=first_handle)
 
     @property
     def known_inodes(self) -> int:
@@ -70,8 +74,17 @@ class LowerTree:
         """
         return self._calls.status_in_memory
 
+    async def restore(self, held: Sequence[HeldFd]) -> None:
+        """Goes on with the open files of the server before, whose fds are ours from here.
+
+        Their nodes are known by them, also where they have no name. The lookup counts stay the kernel's own secret.
+        """
+        found = await self._calls.run(disk.find_open, [one.fd for one in held])
+        for one, (path_fd, status) in zip(held, found, strict=True):
+            self._files.restore(one, self._inodes.adopt(path_fd, status, lookups=0))
+
     async def close(self) -> None:
-        """Closes every fd, after the last request. What is still open in the kernel has lost its file."""
+        """Closes every fd, after the last request. What is in escrow is the next server's."""
         await self._calls.run(disk.close_all, self._files.clear() + self._inodes.table.clear())
 
     # --- names ------------------------------------------------------------------------------------
@@ -249,25 +262,32 @@ class LowerTree:
 
     async def open(self, inode: int, flags: int) -> int:
         """A handle on a regular file. O_TRUNC empties it; flags that concern only the opener's side are dropped."""
+        self._files.check_room()
         with await self._inodes.held(inode) as node:
             fd, status = await self._calls.run(disk.open_inode, node.fd, flags)
             node.note(status)
-            return self._files.add(fd, flags, node)
+            return self._files.know(await self._files.leave(fd, flags), fd, flags, node)
 
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[int, pyfuse3.EntryAttributes]:
         """A new regular file, the caller's, opened: its handle and its entry, counted as known to the kernel."""
+        self._files.check_room()
         with await self._inodes.held(parent_inode) as parent:
             fd, path_fd, status = await self._calls.run(
                 disk.create_file, parent.fd, checked_name(name), flags, creator(mode, ctx)
             )
         try:
+            handle = await self._files.leave(fd, flags)
+        except errors.BasefsError:
+            os.close(path_fd)
+            raise
+        try:
             node = self._inodes.adopt(path_fd, status)
         except errors.BasefsError:
-            os.close(fd)
+            await self._files.abandon(handle, fd)
             raise
-        return self._files.add(fd, flags, node), self._inodes.entry(status)
+        return self._files.know(handle, fd, flags, node), self._inodes.entry(status)
 
     def read(self, handle: int, offset: int, size: int) -> Awaitable[ReadBytes]:
         """See LowerFiles.read."""

@@ -241,6 +241,18 @@ def open_inode(path_fd: int, flags: int) -> Found:
         return fd, os.fstat(fd)
 
 
+def find_open(fds: Sequence[int]) -> list[Found]:
+    """For each open file an O_PATH fd on its inode, which may have no name any more, and the status."""
+    found: list[Found] = []
+    try:
+        for fd in fds:
+            found.append((os.open(proc_path(fd), os.O_PATH), os.fstat(fd)))  # noqa: PERF401  (closed on error)
+    except BaseException:
+        close_all([fd for fd, _ in found])
+        raise
+    return found
+
+
 def change_attributes(fd: int, file_fd: int | None, change: AttributeChange) -> os.stat_result:
     """Sets attributes of the inode behind `fd` (O_PATH); the new status. `file_fd`, open for writing, is truncated.
 

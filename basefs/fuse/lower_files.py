@@ -1,18 +1,20 @@
 """Open files of the lower directory: handle -> fd, and the bytes through it.
 
-The table is owned by the trio loop and knows nothing of inode numbers or names, so its fds can be handed
-to the next server as they are. An fd is closed when its handle was released and no call uses it any more.
+The table is owned by the trio loop. An fd is closed when its handle was released and no call uses it any more.
+Each is in escrow before the kernel hears of its handle, and the next server restores it under the same number:
+reads, writes and the rest go on, also where the file has no name any more.
 """
 
 import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import trio
 
 from basefs import errors
+from basefs.core.escrow import Escrow, HeldFd
 from basefs.fuse.lower_calls import LowerCalls, in_our_words
 from basefs.fuse.lower_disk import close_all, kill_set_id
 from basefs.fuse.lower_inodes import LowerNode
@@ -21,6 +23,12 @@ ReadBytes = bytes | bytearray | memoryview
 
 # What preadv says when the bytes are not in memory, or when this file system cannot tell.
 _NOT_AT_ONCE = (errno.EAGAIN, errno.EOPNOTSUPP)
+
+HELD_PREFIX = "lower/"
+"""Keys are `lower/<handle>`, notes `w` for a file open for writing, else `r`."""
+FILES_MAX = 16_000
+"""Handles at a time, below what the keeper holds (keeper_held.ENTRIES_MAX): open(2) then says ENFILE, and no open
+file is one that a restart would lose."""
 
 
 class OpenFile:
@@ -39,9 +47,16 @@ class OpenFile:
 class LowerFiles:
     """The open files and what is done to them by handle. Unknown handles: BadHandleError."""
 
-    def __init__(self, calls: LowerCalls, *, first_handle: int) -> None:
-        """Handles are numbered upwards from `first_handle` and never used again."""
+    def __init__(
+        self, calls: LowerCalls, escrow: Escrow, closed: Callable[[LowerNode], int | None], *, first_handle: int
+    ) -> None:
+        """Handles are numbered upwards from `first_handle` and never used again.
+
+        `closed` is told of each file closed; it gives an fd of the node that is to be closed, too.
+        """
         self._calls = calls
+        self._escrow = escrow
+        self._closed = closed
         self._numbers = itertools.count(first_handle)
         self._files: dict[int, OpenFile] = {}
 
@@ -49,11 +64,45 @@ class LowerFiles:
         """Open handles."""
         return len(self._files)
 
-    def add(self, fd: int, flags: int, node: LowerNode) -> int:
-        """A handle for `fd`, which the table owns from here."""
+    def check_room(self) -> None:
+        """LowerFileError if no further file may be opened."""
+        if len(self._files) >= FILES_MAX:
+            raise in_our_words(OSError(errno.ENFILE, f"{FILES_MAX} lower files are open"))
+
+    async def leave(self, fd: int, flags: int) -> int:
+        """A handle for `fd`, which is in escrow then; `know` comes next. LowerFileError: it is not, and is closed.
+
+        Cancellation: never, for what was opened must be answered, or its fd would stay in escrow for ever.
+        """
         handle = next(self._numbers)
-        self._files[handle] = OpenFile(fd, node, writable=flags & os.O_ACCMODE != os.O_RDONLY)
+        try:
+            with trio.CancelScope(shield=True):
+                await self._escrow.hold(f"{HELD_PREFIX}{handle}", "w" if _is_writable(flags) else "r", fd)
+        except OSError as exc:
+            os.close(fd)
+            raise in_our_words(exc) from exc
         return handle
+
+    def know(self, handle: int, fd: int, flags: int, node: LowerNode) -> int:
+        """The handle, which is open from here; the table owns `fd`."""
+        self._add(handle, OpenFile(fd, node, writable=_is_writable(flags)))
+        return handle
+
+    async def abandon(self, handle: int, fd: int) -> None:
+        """Takes `leave` back."""
+        os.close(fd)
+        with trio.CancelScope(shield=True):
+            await self._escrow.drop(f"{HELD_PREFIX}{handle}")
+
+    def restore(self, held: HeldFd, node: LowerNode) -> None:
+        """Serves a handle that an earlier server gave out."""
+        handle = int(held.key.removeprefix(HELD_PREFIX))
+        self._add(handle, OpenFile(held.fd, node, writable=held.note == "w"))
+        self._numbers = itertools.count(max(next(self._numbers), handle + 1))
+
+    def _add(self, handle: int, file: OpenFile) -> None:
+        self._files[handle] = file
+        file.node.opens += 1
 
     def find(self, handle: int) -> OpenFile:
         """The open file."""
@@ -123,16 +172,22 @@ class LowerFiles:
         file = self.find(handle)
         del self._files[handle]
         file.released = True
-        if file.pins == 0:
-            # The last close of an unlinked file frees its blocks, which may take long; the fd must not leak.
-            with trio.CancelScope(shield=True):
-                await self._calls.run(close_all, [file.fd])
+        node_fd = self._closed(file.node)
+        fds = [file.fd] if file.pins == 0 else []
+        # The last close of an unlinked file frees its blocks, which may take long; the fd must not leak.
+        with trio.CancelScope(shield=True):
+            await self._escrow.drop(f"{HELD_PREFIX}{handle}")
+            await self._calls.run(close_all, fds if node_fd is None else [*fds, node_fd])
 
     def clear(self) -> list[int]:
         """Forgets every handle; the fds to close."""
         fds = [file.fd for file in self._files.values()]
         self._files.clear()
         return fds
+
+
+def _is_writable(flags: int) -> bool:
+    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def _read_into(fd: int, view: memoryview, offset: int) -> int:

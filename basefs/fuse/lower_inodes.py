@@ -15,16 +15,31 @@ from basefs.core.inodes import LOWER, ROOT
 
 
 class LowerNode:
-    """One inode: `fd` is O_PATH and stays valid while `pins` is above zero or the table holds the node."""
+    """One inode: `fd` is O_PATH and stays valid while `pins` is above zero or the table holds the node.
 
-    __slots__ = ("fd", "has_set_id", "identity", "inode", "lacks_capability", "lookups", "pins")
+    `opens` counts open files; a node that has some stays in the table.
+    """
+
+    __slots__ = (
+        "fd",
+        "has_set_id",
+        "identity",
+        "inode",
+        "is_forgotten",
+        "lacks_capability",
+        "lookups",
+        "opens",
+        "pins",
+    )
 
     def __init__(self, inode: int, fd: int, status: os.stat_result) -> None:
         self.inode = inode
         self.fd = fd
         self.identity = (status.st_dev, status.st_ino)
         self.lookups = 0
+        self.opens = 0
         self.pins = 0
+        self.is_forgotten = False
         self.has_set_id = False
         # None: not asked for yet. False: somebody sets it, so nothing is remembered any more.
         self.lacks_capability: bool | None = None
@@ -80,6 +95,7 @@ class InodeTable:
             node = self._nodes[inode] = LowerNode(inode, fd, status)
         else:
             node.note(status)
+            node.is_forgotten = False
             self._take_newer_fd(node, fd)
         if node is not self.root:
             node.lookups += lookups
@@ -102,7 +118,19 @@ class InodeTable:
         node.lookups -= lookups
         if node.lookups > 0:
             return None
-        del self._nodes[inode]
+        # Nor is that the last word while it is open: an unlinked one would not be found again.
+        node.is_forgotten = True
+        return None if node.opens else self._remove(node)
+
+    def closed(self, node: LowerNode) -> int | None:
+        """One open file fewer; the fd to close if the kernel has forgotten the inode before."""
+        node.opens -= 1
+        if node.opens or not node.is_forgotten or self._nodes.get(node.inode) is not node:
+            return None
+        return self._remove(node)
+
+    def _remove(self, node: LowerNode) -> int | None:
+        del self._nodes[node.inode]
         return node.fd if node.pins == 0 else None
 
     @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from basefs import errors
+from basefs.core.escrow import HeldFd
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,6 @@ FDS_MAX = 253
 """Linux puts no more into one datagram (SCM_MAX_FD)."""
 HOLD_WAIT_S = 1.0
 """A keeper that takes nothing for so long (it was stopped, say) keeps no open(2) on the mount waiting."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldFd:
-    """An fd that the keeper keeps for the next server, and what the server that sent it noted about it."""
-
-    key: str
-    note: str
-    fd: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,14 +59,11 @@ class KeeperChannel:
         self._post(message, ())
 
     async def hold(self, key: str, note: str, fd: int) -> None:
-        """Have the keeper keep a duplicate of `fd` for the next server, in place of what it has under `key`.
-
-        On return the datagram is on its way, or a keeper that takes none was waited for long enough: it is sent later.
-        """
+        """See `Escrow`. A keeper that takes nothing is waited for HOLD_WAIT_S; the datagram is then sent later."""
         await self._wait_sent(self._post({"type": "hold", "key": key, "note": note}, (fd,)))
 
     async def drop(self, key: str) -> None:
-        """Have the keeper close what it keeps under `key`. When it returns: as `hold`."""
+        """See `Escrow`. When it returns: as `hold`."""
         await self._wait_sent(self._post({"type": "drop", "key": key}, ()))
 
     def _post(self, message: dict[str, Any], fds: Sequence[int]) -> _Posted | None:

@@ -15,6 +15,7 @@ import os
 import pwd
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -30,10 +31,11 @@ from basefs.concurrency.threads import BlockingCalls
 from basefs.config import Settings
 from basefs.config.listen import listen_address
 from basefs.control.listener import ControlListener
-from basefs.core.inodes import FIRST_OTHER_HANDLE, image_number_of
+from basefs.core.inodes import first_other_handle, image_number_of
 from basefs.fuse.directories import Directories
 from basefs.fuse.image_files import ImageFiles, ImageFileSettings
 from basefs.fuse.lower import LowerTree
+from basefs.fuse.lower_files import HELD_PREFIX as LOWER_PREFIX
 from basefs.fuse.operations import Operations
 from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
@@ -82,8 +84,10 @@ class Service:
         lower = LowerTree(
             self._arguments.lower_fd,
             BlockingCalls("lower", threads_max=LOWER_THREADS_MAX),
-            first_handle=FIRST_OTHER_HANDLE,
+            self._channel,
+            first_handle=first_other_handle(time.clock_gettime_ns(time.CLOCK_BOOTTIME)),
         )
+        await lower.restore(self._channel.take(LOWER_PREFIX))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(database.run)

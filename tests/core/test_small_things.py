@@ -35,7 +35,7 @@ def test_an_inode_and_a_handle_tell_their_image(number: int, is_guest: bool) -> 
     assert inodes.json_number_of(inodes.json_inode(number)) == number
     handle = inodes.image_handle(number, is_guest=is_guest)
     assert inodes.image_of_handle(handle) == (number, is_guest)
-    assert handle < inodes.FIRST_OTHER_HANDLE
+    assert handle < inodes.first_other_handle(0)
 
 
 @given(st.integers(0, 2**64 - 1))

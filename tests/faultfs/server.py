@@ -18,6 +18,7 @@ import trio
 
 from basefs.concurrency.threads import BlockingCalls
 from basefs.fuse.lower import LowerTree
+from tests.fakes.escrow import MemoryEscrow
 from tests.faultfs.log import LogWriter, Record
 from tests.mount.lower_server import LowerOnly
 
@@ -256,7 +257,7 @@ async def obey(faults: Faults, path: str, control: socket.socket) -> None:
 
 async def serve(backing: str, path: str, control: socket.socket, log: LogWriter | None) -> None:
     root_fd = os.open(backing, os.O_PATH | os.O_DIRECTORY)
-    tree = LowerTree(root_fd, BlockingCalls("faults", threads_max=64), first_handle=1)
+    tree = LowerTree(root_fd, BlockingCalls("faults", threads_max=64), MemoryEscrow(), first_handle=1)
     faults = Faults(tree, log)
     pyfuse3.init(faults, path, {"fsname=faultfs", "subtype=faultfs", "allow_other", "default_permissions"})
     try:

@@ -19,6 +19,7 @@ from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
 from basefs.fuse import lower, lower_disk, lower_holding, lower_xattrs
 from basefs.fuse.lower import LowerTree
+from tests.fakes.escrow import MemoryEscrow
 
 ROOT = 1
 FIRST_HANDLE = 1 << 62
@@ -44,15 +45,20 @@ def fields(**values: object) -> tuple[SimpleNamespace, SimpleNamespace]:
 
 
 @asynccontextmanager
-async def tree_over(directory: Path, threads_max: int = 8) -> AsyncIterator[LowerTree]:
-    """A tree whose every fd is closed at the end."""
+async def tree_over(
+    directory: Path, threads_max: int = 8, escrow: MemoryEscrow | None = None
+) -> AsyncIterator[LowerTree]:
+    """A tree whose every fd is closed at the end; it goes on with what is in `escrow`."""
     root_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    tree = LowerTree(root_fd, BlockingCalls("lower", threads_max=threads_max), first_handle=FIRST_HANDLE)
+    escrow = MemoryEscrow() if escrow is None else escrow
+    tree = LowerTree(root_fd, BlockingCalls("lower", threads_max=threads_max), escrow, first_handle=FIRST_HANDLE)
     os.close(root_fd)
     try:
+        await tree.restore(escrow.held())
         yield tree
     finally:
         await tree.close()
+        escrow.close()
 
 
 @pytest.fixture(params=["local", "remote"])

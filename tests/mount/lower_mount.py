@@ -13,7 +13,7 @@ from typing import Self
 MS_REMOUNT, MS_NOSUID, MS_NODEV, MS_NOEXEC = 32, 2, 4, 8
 # A release that is under way while the mount goes away has nobody to answer to; pyfuse3 logs it.
 UNANSWERED = "fuse_release(): fuse_reply_* failed with No such file or directory"
-SERVER = Path(__file__).with_name("lower_server.py")
+ROOT = Path(__file__).parents[2]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -32,7 +32,8 @@ class LowerMount:
         ready, writing = os.pipe()
         with open(ready, "rb") as ready_file, open(self.log, "wb") as log:
             self.server = subprocess.Popen(
-                [sys.executable, "-W", "error", SERVER, self.path, str(writing)],
+                [sys.executable, "-W", "error", "-m", "tests.mount.lower_server", self.path, str(writing)],
+                cwd=ROOT,
                 pass_fds=[writing],
                 stdout=log,
                 stderr=log,

@@ -21,6 +21,7 @@ import trio
 from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
 from basefs.fuse.lower import LowerTree
+from tests.fakes.escrow import MemoryEscrow
 
 EMPTY_DEADLINE_S = 20
 FIRST_HANDLE = 1 << 62
@@ -216,7 +217,7 @@ class LowerOnly(pyfuse3.Operations):
 
 async def serve(directory: str, ready_fd: int) -> None:
     root_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-    tree = LowerTree(root_fd, BlockingCalls("lower", threads_max=16), first_handle=FIRST_HANDLE)
+    tree = LowerTree(root_fd, BlockingCalls("lower", threads_max=16), MemoryEscrow(), first_handle=FIRST_HANDLE)
     options = {"fsname=lower-test", "allow_other", "default_permissions", "nosuid", "nodev", "noexec"}
     pyfuse3.init(LowerOnly(tree), directory, options)
     try:
