@@ -50,7 +50,8 @@ async def tree_over(
 ) -> AsyncIterator[LowerTree]:
     """A tree whose every fd is closed at the end; it goes on with what is in `escrow`."""
     root_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    escrow = MemoryEscrow() if escrow is None else escrow
+    own = MemoryEscrow()
+    escrow = own if escrow is None else escrow
     tree = LowerTree(root_fd, BlockingCalls("lower", threads_max=threads_max), escrow, first_handle=FIRST_HANDLE)
     os.close(root_fd)
     try:
@@ -58,7 +59,7 @@ async def tree_over(
         yield tree
     finally:
         await tree.close()
-        escrow.close()
+        own.close()
 
 
 @pytest.fixture(params=["local", "remote"])
