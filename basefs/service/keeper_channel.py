@@ -60,11 +60,13 @@ class KeeperChannel:
 
     async def hold(self, key: str, note: str, fd: int) -> None:
         """See `Escrow`. A keeper that takes nothing is waited for HOLD_WAIT_S; the datagram is then sent later."""
-        await self._wait_sent(self._post({"type": "hold", "key": key, "note": note}, (fd,)))
+        if self.begun:
+            await self._wait_sent(self._post({"type": "hold", "key": key, "note": note}, (fd,)))
 
     async def drop(self, key: str) -> None:
         """See `Escrow`. When it returns: as `hold`."""
-        await self._wait_sent(self._post({"type": "drop", "key": key}, ()))
+        if self.begun:
+            await self._wait_sent(self._post({"type": "drop", "key": key}, ()))
 
     def _post(self, message: dict[str, Any], fds: Sequence[int]) -> _Posted | None:
         """None if the datagram has left; else it waits in the outbox."""

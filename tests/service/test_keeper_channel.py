@@ -22,6 +22,7 @@ class Keeper:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(5)
         self.channel = KeeperChannel(theirs.detach())
+        self.channel.begun = BEGIN
 
     def say(self, message: dict, *fds: int) -> None:
         socket.send_fds(self.socket, [json.dumps(message).encode()], fds)
