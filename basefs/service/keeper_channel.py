@@ -51,6 +51,8 @@ class KeeperChannel:
         self._has_outbox = trio.Event()
         self.held: list[HeldFd] = []
         self.begun: dict[str, Any] = {}
+        self.is_connected = True
+        """Whether the keeper lives, as far as is known."""
 
     # --- to the keeper -------------------------------------------------------------------------------
 
@@ -108,6 +110,7 @@ class KeeperChannel:
         except ConnectionResetError:
             data, fds = b"", []
         if not data:
+            self.is_connected = False
             raise errors.MountError("the keeper ended before the server was ready")
         message: dict[str, Any] = json.loads(data)
         return message, fds

@@ -20,6 +20,7 @@ from basefs.core.histogram import DurationHistogram
 from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
+from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.metrics_table import Sample
 from basefs.sources.glance import GlanceSource
 from basefs.sources.request_stats import RequestKind
@@ -66,6 +67,7 @@ class MetricsParts:
     operations: Operations
     counters: FetchCounters
     records: RecordCounts
+    channel: KeeperChannel
     is_serving: Callable[[], bool]
 
 
@@ -92,6 +94,10 @@ class Metrics:
         parts = self._parts
         yield "basefs_start_time_seconds", (), self._started_at
         yield "basefs_serving", (), float(parts.is_serving())
+        begun = parts.channel.begun
+        yield "basefs_server_restarts_total", (), begun.get("restarts", 0)
+        yield "basefs_server_start_info", (str(begun.get("reason", "first")), str(begun.get("last_death") or "")), 1
+        yield "basefs_keeper_connected", (), float(parts.channel.is_connected)
         for level in ("warning", "error", "critical"):
             yield "basefs_log_records_total", (level,), parts.records.counts[level]
         yield "basefs_bugs_total", (), parts.operations.stats.bugs

@@ -149,6 +149,7 @@ class Service:
                 operations=view.operations,
                 counters=counters,
                 records=count_records(),
+                channel=self._channel,
                 is_serving=lambda: view.state == "serving",
             )
         )

@@ -89,6 +89,8 @@ def test_a_scrape_tells_what_happened_and_satisfies_promtool(measured: tuple[Bas
     scrape = parsed(text)
     assert value(scrape, "basefs_serving") == 1
     assert value(scrape, "basefs_glance_reachable") == 1
+    assert value(scrape, "basefs_keeper_connected") == 1
+    assert value(scrape, "basefs_server_restarts_total") == 0
     assert value(scrape, "basefs_image_size_bytes", image_id=image_id) == IMAGE_BYTES
     assert value(scrape, "basefs_image_cached_bytes", image_id=image_id) == IMAGE_BYTES
     assert value(scrape, "basefs_cache_used_bytes") >= IMAGE_BYTES
