@@ -8,8 +8,10 @@ Invariants:
   while a file on it is open.
 - Nothing here opens, stats or lists the mount point once it is mounted: our own server would have to answer.
 
+- A session that systemd kept for us is one that has served: it is never taken away because we fail.
+
 `python -m basefs.keeper SPEC` with SPEC = the JSON of a `KeeperSpec`; exit code 0 when the mount was ended as asked,
-1 when there is or was none to serve.
+1 when there is or was none to serve, 75 when it waits, mounted, for the next keeper (SIGUSR1).
 """
 
 import contextlib
@@ -19,8 +21,12 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
+from basefs import hardening
 from basefs.errors import BasefsError, MountError
+from basefs.keeper_predecessors import end_predecessors
+from basefs.keeper_session_store import Adopted, SessionStore, adopt_session
 from basefs.keeper_setup import CacheLock, open_lower_directory, tune_mount
 from basefs.keeper_spec import KeeperSpec
 from basefs.keeper_wakeups import Wakeups
@@ -38,6 +44,9 @@ SERVER_END_S = 5.0
 """What a server has to end by itself once its session is over."""
 DETACHED_POLL_S = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PARK_SIGNAL = signal.SIGUSR1
+"""Sent by the unit's ExecStop= when the stop is the first half of a restart (basefs unmount --for-systemd)."""
+PARKED_EXIT_CODE = 75
 
 
 class _ServerFailedError(BasefsError):
@@ -46,6 +55,10 @@ class _ServerFailedError(BasefsError):
 
 class _SessionEndedError(BasefsError):
     """The FUSE session is over, so there is nothing left to serve."""
+
+
+class _ParkedError(BasefsError):
+    """We make way; the mount waits for the next one, which systemd starts and gives our fds."""
 
 
 def _failed(message: dict[str, object]) -> _ServerFailedError:
@@ -61,27 +74,58 @@ class Keeper:
         self._is_serving = False
         self._is_detached = False
         self._last_failure = ""
-        self._wakeups = Wakeups((*STOP_SIGNALS, signal.SIGHUP))
+        self._wakeups = Wakeups((*STOP_SIGNALS, signal.SIGHUP, PARK_SIGNAL))
+        self._store = SessionStore()
+        self._server_oom_score = 0
 
-    def run(self) -> None:
-        """Mount, serve, and return when the mount was ended as asked.
+    def run(self) -> int:
+        """Mount, or adopt the session that systemd kept; serve; the exit code once the mount was ended as asked.
 
         Raises:
             MountError: It could not be mounted or served; nothing is left behind.
         """
+        self._store, adopted = adopt_session()
+        if adopted is not None:
+            self._adopt(adopted)
+        self._server_oom_score = hardening.never_kill_me()
         spec = self._spec
-        with CacheLock(spec.cache_dir, spec.mountpoint) as lock:
-            lower_fd = open_lower_directory(spec.mountpoint)
+        lock_fd = -1 if adopted is None else adopted.lock_fd
+        with CacheLock(spec.cache_dir, spec.mountpoint, lock_fd) as lock:
+            lower_fd = open_lower_directory(spec.mountpoint) if adopted is None else adopted.lower_fd
+            hardening.lock_memory()
             try:
                 self._serve(lower_fd, lock)
             except _ServerFailedError as exc:
                 raise MountError(str(exc)) from None
+            except _ParkedError:
+                log.info("%s stays mounted for the next keeper; ending", spec.mountpoint)
+                return PARKED_EXIT_CODE
             finally:
                 os.close(lower_fd)
+        return 0
+
+    def _adopt(self, adopted: Adopted) -> None:
+        """Go on with the session of an earlier keeper, under the paths that it began with."""
+        saved = adopted.saved
+        if (self._spec.mountpoint, self._spec.cache_dir) != (saved.mountpoint, saved.cache_dir):
+            log.warning(
+                "mounted already: mountpoint %s and cache_dir %s stay until it is unmounted",
+                saved.mountpoint,
+                saved.cache_dir,
+            )
+        self._spec = replace(self._spec, mountpoint=saved.mountpoint, cache_dir=saved.cache_dir)
+        self._session = adopted.session
+        self._is_serving = True
+        self._is_detached = not adopted.session.is_mounted()
+        log.info("going on with the mount on %s, which systemd kept", saved.mountpoint)
+        # Names and reads wait from now on and do not fail: that is what our unit is ordered before others for.
+        tell_systemd("READY=1")
+        end_predecessors(adopted.lock_fd)
 
     # --- servers, one after the other ---------------------------------------------------------------
 
     def _serve(self, lower_fd: int, lock: CacheLock) -> None:
+        self._to_store = {"lower": lower_fd, "lock": lock.fd}
         backoff_s = BACKOFF_FIRST_S
         try:
             while True:
@@ -100,6 +144,7 @@ class Keeper:
             self._finish()
         finally:
             if not self._is_serving and self._session is not None:
+                self._store.clear()
                 self._session.abandon()
 
     def _run_server(self, lower_fd: int, lock: CacheLock) -> None:
@@ -117,7 +162,7 @@ class Keeper:
             self._hand_over(server)
             self._became_ready(server)
             self._wait_for_end(server)
-        except (_ServerFailedError, _SessionEndedError, MountError):
+        except (_ServerFailedError, _SessionEndedError, _ParkedError, MountError):
             self._reap(server)
             raise
         except OSError as exc:
@@ -133,6 +178,7 @@ class Keeper:
             "config_dirs": spec.config_dirs,
         }
         server = ServerProcess(spec.server_command, arguments, lower_fd=lower_fd, lock_fd=lock.fd)
+        hardening.set_oom_score(server.pid, self._server_oom_score)
         # A full disk must not keep a mount without a server.
         with contextlib.suppress(OSError):
             lock.note_server(server.pid)
@@ -151,6 +197,7 @@ class Keeper:
         answer = self._play_init(server, session, deadline)
         if is_first:
             session.answer_init(answer)
+            self._store.save(session, self._to_store, cache_dir=self._spec.cache_dir, fixed={})
         else:
             session.resend()
         server.send({"type": "switch"})
@@ -261,11 +308,11 @@ class Keeper:
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGHUP in numbers:
             log.warning("SIGHUP: this version does not reload its configuration; unmount and mount again")
-        if not any(number in numbers for number in STOP_SIGNALS):
+        if not any(number in numbers for number in (*STOP_SIGNALS, PARK_SIGNAL)):
             return
         if not self._is_serving:
             raise _ServerFailedError("stopped by a signal before it served")
-        self._try_unmount()
+        self._try_unmount(may_park=PARK_SIGNAL in numbers and self._store.is_stored)
 
     def _check_session(self) -> None:
         """Raise _SessionEndedError once the session is over."""
@@ -282,14 +329,20 @@ class Keeper:
 
     # --- the end --------------------------------------------------------------------------------------
 
-    def _try_unmount(self) -> None:
-        """The stop that a signal asks for: the mount goes, or everything stays as it is."""
+    def _try_unmount(self, *, may_park: bool) -> None:
+        """The stop that a signal asks for: the mount goes, or everything stays as it is.
+
+        Raises:
+            _ParkedError: With `may_park`, if the mount is in use.
+        """
         assert self._session is not None
         mountpoint = self._spec.mountpoint
         tell_systemd("STOPPING=1")
         try:
             self._session.unmount()
         except MountError as exc:
+            if may_park:
+                raise _ParkedError from None
             log.warning("not stopped, serving on: %s", exc)
             tell_systemd(f"READY=1\nSTATUS=serving {mountpoint}; a stop was refused: {exc}")
             return
@@ -298,6 +351,7 @@ class Keeper:
     def _finish(self) -> None:
         """After the end of the session: nothing is left on the mount point."""
         assert self._session is not None
+        self._store.clear()
         if self._session.is_mounted():
             self._session.abandon()
             raise MountError(f"the FUSE connection of {self._spec.mountpoint} was aborted; its mount was removed")
@@ -327,9 +381,10 @@ def main() -> None:
         format="%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(name)s %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
+    hardening.forbid_core_files()
     keeper = Keeper(KeeperSpec(**json.loads(sys.argv[1])))
     try:
-        keeper.run()
+        sys.exit(keeper.run())
     except MountError as exc:
         keeper.fail(str(exc))
         sys.exit(1)

@@ -30,25 +30,25 @@ class _Predecessor:
     is_keeper: bool
 
 
-def end_predecessors(cache_dir: str) -> None:
-    """Returns when no other keeper or server has the cache directory's lock open.
+def end_predecessors(lock_fd: int) -> None:
+    """Returns when no other keeper or server has the file of our lock open.
 
     Raises:
         MountError: One does not end, although it was killed.
     """
     # The keeper first: it would start another server.
     for is_keeper in (True, False):
-        found = [each for each in _predecessors(cache_dir) if each.is_keeper is is_keeper]
+        found = [each for each in _predecessors(lock_fd) if each.is_keeper is is_keeper]
         try:
-            _end(found, cache_dir)
+            _end(found)
         finally:
             for each in found:
                 os.close(each.pidfd)
 
 
-def _end(found: list[_Predecessor], cache_dir: str) -> None:
+def _end(found: list[_Predecessor]) -> None:
     for each in found:
-        log.info("asking process %d, which an earlier keeper left on %s, to end", each.pid, cache_dir)
+        log.info("asking process %d of an earlier keeper to end", each.pid)
         _signal(each, signal.SIGUSR1 if each.is_keeper else signal.SIGTERM)
     left = _wait(found, GRACE_S)
     for each in left:
@@ -56,15 +56,12 @@ def _end(found: list[_Predecessor], cache_dir: str) -> None:
         _signal(each, signal.SIGKILL)
     left = _wait(left, KILLED_S)
     if left:
-        raise MountError(f"process {left[0].pid}, which an earlier keeper left on {cache_dir}, cannot be killed")
+        raise MountError(f"process {left[0].pid} of an earlier keeper cannot be killed")
 
 
-def _predecessors(cache_dir: str) -> list[_Predecessor]:
+def _predecessors(lock_fd: int) -> list[_Predecessor]:
     """Keepers and servers that have the lock open; the pidfds are the caller's."""
-    try:
-        lock = os.stat(os.path.join(cache_dir, LOCK_NAME))
-    except OSError:
-        return []
+    lock = os.fstat(lock_fd)
     found = []
     for pid in processes.all_pids():
         if pid == os.getpid():

@@ -18,6 +18,7 @@ from basefs.service_manager import close_all, inherited_fds
 
 log = logging.getLogger("basefs.keeper")
 
+PARTS = ("session", "notes", "lock", "lower", "fuse")
 Group = dict[str, int]
 """Inherited fds of one token, by what they are."""
 
@@ -29,6 +30,7 @@ class Adopted:
     session: KernelSession
     saved: SavedSession
     lower_fd: int
+    lock_fd: int
 
 
 class SessionStore:
@@ -43,8 +45,8 @@ class SessionStore:
         self.held = HeldFds(keep=self._notes if "NOTIFY_SOCKET" in os.environ else None)
         self.is_stored = notes_fd is not None
 
-    def save(self, session: KernelSession, lower_fd: int, *, cache_dir: str, fixed: dict[str, Any]) -> None:
-        """Store what the next keeper needs. A session that was adopted is stored already."""
+    def save(self, session: KernelSession, fds: Group, *, cache_dir: str, fixed: dict[str, Any]) -> None:
+        """Store what the next keeper needs, `fds` being `lower` and `lock`. What was adopted is stored already."""
         if self.is_stored:
             return
         saved = SavedSession(
@@ -56,7 +58,7 @@ class SessionStore:
         )
         session_fd = saved.to_memfd()
         try:
-            fds = {"fuse": session.fd, "lower": lower_fd, "notes": self._notes.fd, "session": session_fd}
+            fds = {**fds, "fuse": session.fd, "notes": self._notes.fd, "session": session_fd}
             self.is_stored = all(self._store.put(what, fd) for what, fd in fds.items())
         finally:
             os.close(session_fd)
@@ -66,7 +68,7 @@ class SessionStore:
     def clear(self) -> None:
         """The session is over: nothing of it stays."""
         self.held.close()
-        for what in ("session", "notes", "lower", "fuse"):
+        for what in PARTS:
             self._store.remove(what)
         self.is_stored = False
 
@@ -134,7 +136,7 @@ def _adopted(group: Group) -> Adopted:
     Raises:
         ValueError: Why it cannot go on under this keeper.
     """
-    missing = [what for what in ("fuse", "lower", "notes", "session") if what not in group]
+    missing = [what for what in PARTS if what not in group]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
     saved = SavedSession.from_memfd(group["session"])
@@ -145,4 +147,4 @@ def _adopted(group: Group) -> Adopted:
     lower = os.fstat(group["lower"])
     if not stat.S_ISDIR(lower.st_mode) or lower.st_dev == os.makedev(saved.entry.major, saved.entry.minor):
         raise ValueError("the lower directory is none")
-    return Adopted(session=session, saved=saved, lower_fd=group["lower"])
+    return Adopted(session=session, saved=saved, lower_fd=group["lower"], lock_fd=group["lock"])

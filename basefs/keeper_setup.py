@@ -27,12 +27,17 @@ class CacheLock:
     The file also tells other commands who holds it: `keeper_pid`, `server_pid`, `mountpoint`.
     """
 
-    def __init__(self, cache_dir: str, mountpoint: str) -> None:
+    def __init__(self, cache_dir: str, mountpoint: str, fd: int = -1) -> None:
+        """`fd` is the lock as an earlier keeper has taken it, or -1."""
         self._cache_dir = cache_dir
         self._mountpoint = mountpoint
-        self.fd = -1
+        self.fd = fd
 
     def __enter__(self) -> Self:
+        if self.fd >= 0:
+            # A mount that goes on needs no cache disk that works.
+            self._note(server_pid=None)
+            return self
         try:
             os.makedirs(self._cache_dir, mode=0o700, exist_ok=True)
             self.fd = os.open(os.path.join(self._cache_dir, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -75,10 +80,13 @@ class CacheLock:
 
     def note_server(self, server_pid: int) -> None:
         """Say which server holds the lock now. A disk that went read-only must not end a keeper that serves."""
+        self._note(server_pid=server_pid)
+
+    def _note(self, *, server_pid: int | None) -> None:
         try:
             self.write(server_pid=server_pid)
         except OSError as exc:
-            log.warning("cannot note server %d in the lock file of %s: %s", server_pid, self._cache_dir, exc.strerror)
+            log.warning("cannot note server %s in the lock file of %s: %s", server_pid, self._cache_dir, exc.strerror)
 
     def _close(self) -> None:
         if self.fd >= 0:

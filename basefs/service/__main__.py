@@ -10,6 +10,7 @@ import trio
 
 from basefs import errors
 from basefs.config import load_settings
+from basefs.hardening import forbid_core_files
 from basefs.observability import set_up_logging
 from basefs.service.arguments import Arguments, with_fixed
 from basefs.service.keeper_channel import KeeperChannel
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     """The exit code: 0 when the mount is gone or the keeper said `stop`, 1 when it could not begin or failed."""
+    forbid_core_files()
     # Every lower file that the kernel knows of and every image in use costs an fd or two; what earlier servers held
     # comes at once.
     _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
