@@ -1,8 +1,9 @@
 # `make demo` and `make test` are all a newcomer needs: each sets up what it uses first.
 PYTHON := .venv/bin/python
 TEST_ARGS ?=
+MINUTES ?= 30
 
-.PHONY: setup demo test check bench guest clean
+.PHONY: setup demo test check bench soak guest clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -31,6 +32,10 @@ bench: setup
 
 bench-%: setup
 	@$(PYTHON) -m tools.bench $*
+
+# What a node goes through in a year: kills, a cache too small, ten minutes without Glance; `make soak MINUTES=n` scales.
+soak: setup guest
+	@$(PYTHON) -m tools.soak --minutes $(MINUTES) $(PHASES)
 
 clean:
 	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
