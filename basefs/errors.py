@@ -54,12 +54,23 @@ class SourceError(BasefsError):
 class SourceUnavailableError(SourceError):
     """Try again later: no connection, time-out, 409, 429, 5xx, a body cut short.
 
-    `retry_after_s` is what the server asked for (Retry-After), or None.
+    `retry_after_s` is what the server asked for (Retry-After), or None. `may_be_away`: so it would look if the whole
+    endpoint were away (no connection, time-out, 5xx, a body cut short). `is_outage`: it was not even asked, for an
+    outage is on that was told already.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        may_be_away: bool = False,
+        is_outage: bool = False,
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.may_be_away = may_be_away
+        self.is_outage = is_outage
 
 
 class SourceForbiddenError(SourceError):

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 DISK_RETRY_S = 10.0
 """After the cache disk refused a byte, bytes go round it for so long before it is tried again."""
+LOOK_AGAIN_S = 3600.0
+"""How long an image stays a streamed one before its store is asked for a range again (so it is by each server)."""
 
 
 class Deliveries:
@@ -35,12 +37,27 @@ class Deliveries:
         self._flights = flights
         self._services = services
         self._disk_bad_until = -math.inf
-        self.gate = RetryGate(entry.image_id, services.jitter)
+        self.gate = RetryGate(entry.image_id, services.jitter, services.outage)
 
     @property
     def is_streamed(self) -> bool:
         """Whether the image comes as one sequential stream."""
         return self._entry.local.source_kind == "streamed"
+
+    def may_be_ranged(self) -> bool:
+        """Whether a streamed image is to be asked for by range once more; True once in LOOK_AGAIN_S."""
+        looked_at, now = self._entry.looked_at, trio.current_time()
+        if looked_at is not None and now - looked_at < LOOK_AGAIN_S:
+            return False
+        self._entry.looked_at = now
+        return True
+
+    def ranged(self, reason: str) -> None:
+        """The streamed image was asked for by range, and that was honoured."""
+        log.info("image %s: Glance honours ranges of it again", self._entry.image_id)
+        self._entry.local.source_kind, self._entry.local.source_reason = "ranged", reason
+        self._board.all_failed(None)  # who waits for the stream looks again, and finds a quicker way
+        self._services.changed(self._entry)
 
     def new_receiver(self, present: bytes = b"") -> Receiver:
         """A receiver for one transfer; `end_receiver` must follow."""
@@ -76,6 +93,7 @@ class Deliveries:
                 log.warning("image %s: read as one stream from now on: %s", self._entry.image_id, error)
             self._entry.local.source_kind = "streamed"
             self._entry.local.source_reason = str(error)
+            self._entry.looked_at = trio.current_time()
         else:
             if isinstance(error, errors.ImageNotFoundError):
                 self._entry.is_gone = True

@@ -1,11 +1,12 @@
 """What the transfers of all images share: built once by the composition root."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.outage import Outage
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls
 from basefs.sources.base import ImageSource
@@ -32,3 +33,4 @@ class FetchServices:
     jitter: Callable[[], float]
     changed: Callable[[ImageEntry], None]
     counters: FetchCounters
+    outage: Outage = field(default_factory=Outage)

@@ -91,7 +91,7 @@ class ImageFetcher:
                 self._no_readers.set()
                 self._no_readers = trio.Event()
         if last_error:
-            raise last_error[-1]
+            raise copy.copy(last_error[-1])
         raise errors.DeadlineExceededError(
             f"image {self.entry.image_id}: bytes {offset}-{offset + length - 1} did not come within {deadline_s:g} s"
         )
@@ -110,6 +110,8 @@ class ImageFetcher:
                 if data is not None:
                     return data
             elif not self._deliveries.gate.is_open:
+                if self._deliveries.gate.error is not None:
+                    last_error[:] = [self._deliveries.gate.error]
                 await self._deliveries.gate.wait()
             else:
                 try:

@@ -1,7 +1,8 @@
 """When to try again after a failure: one gate per image, shared by all its readers.
 
 A failure is not remembered as a result, but it keeps the next try of *any* reader back, so that a
-thousand waiting readers make one request per back-off, not a thousand. One record when it begins.
+thousand waiting readers make one request per back-off, not a thousand. While all of Glance is away
+(`concurrency/outage.py`) every gate is closed, and all open in the step in which that ends.
 """
 
 import logging
@@ -11,55 +12,83 @@ from collections.abc import Callable
 import trio
 
 from basefs import errors
+from basefs.concurrency.outage import Outage
 from basefs.core.retry import backoff_s
 
 log = logging.getLogger(__name__)
 
 RETRY_BASE_S = 0.25
-RETRY_CAP_S = 10.0
+RETRY_CAP_S = 4.0
+RETRY_AFTER_MAX_S = 10.0
 
 
 class RetryGate:
-    """Open while the last try went well; closed until `retry_at` after a failure."""
+    """Open while the last try went well; closed until `retry_at` after a failure, and while an outage is on.
 
-    def __init__(self, image_id: str, jitter: Callable[[], float]) -> None:
+    After a failure as an outage makes them it is closed until a probe has decided whether there is one.
+    """
+
+    def __init__(self, image_id: str, jitter: Callable[[], float], outage: Outage) -> None:
         self._image_id = image_id
         self._jitter = jitter
+        self._outage = outage
         self._failures = 0
-        self.error: errors.BasefsError | None = None
-        """Why the last try failed; None after one that went well."""
+        self._is_told = False
+        self._may_be_outage = False
+        self._outages_before = 0
+        self._error: errors.BasefsError | None = None
         self.retry_at = -math.inf
+
+    @property
+    def error(self) -> errors.BasefsError | None:
+        """Why the gate is closed; None when the last try went well."""
+        return self._outage.error or self._error
 
     @property
     def is_open(self) -> bool:
         """Whether a try may be made now."""
-        return trio.current_time() >= self.retry_at
+        if self._outage.is_on or (self._outage.is_suspected and self._may_be_outage):
+            return False
+        return trio.current_time() >= self.retry_at or self._outage.ended > self._outages_before
 
     async def wait(self) -> None:
         """Return when a try may be made; look again then, somebody else's may have failed meanwhile."""
-        await trio.sleep_until(self.retry_at)
+        await trio.lowlevel.checkpoint()
+        with self._outage.waiter():
+            while not self.is_open:
+                is_later = self.retry_at > trio.current_time()
+                await self._outage.next_change(self.retry_at if is_later else math.inf)
 
     def succeeded(self) -> None:
         """A try went well."""
-        if self._failures:
+        if self._is_told:
             log.info("image %s: its bytes come again after %d failed tries", self._image_id, self._failures)
         self._failures = 0
-        self.error = None
+        self._is_told = self._may_be_outage = False
+        self._error = None
         self.retry_at = -math.inf
 
     def failed(self, error: errors.BasefsError) -> None:
         """A try failed: keep the next one back, longer each time, or as long as the server asked.
 
         Tries that were under way together count as one: else eight requests cut by one restart of Glance would
-        keep everybody back for the longest time there is.
+        keep everybody back for the longest time there is. One record when it begins, none for what an outage does.
         """
         if not self.is_open:
             return
+        if self._outage.ended > self._outages_before:
+            self._failures = 0
+        self._outages_before = self._outage.ended
         self._failures += 1
-        self.error = error
+        self._error = error
+        self._may_be_outage = isinstance(error, errors.SourceUnavailableError) and error.may_be_away
         wait_s = backoff_s(self._failures, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, jitter=self._jitter())
         if isinstance(error, errors.SourceUnavailableError) and error.retry_after_s is not None:
-            wait_s = max(wait_s, min(error.retry_after_s, RETRY_CAP_S))
+            wait_s = max(wait_s, min(error.retry_after_s, RETRY_AFTER_MAX_S))
         self.retry_at = trio.current_time() + wait_s
-        if self._failures == 1:
+        if self._is_told or (self._may_be_outage and self._failures == 1):
+            # If it is an outage, that is told; if a probe finds that it is none, the next failure is this image's.
+            log.debug("image %s: %s", self._image_id, error)
+        else:
+            self._is_told = True
             log.warning("image %s: %s", self._image_id, error)

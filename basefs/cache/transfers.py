@@ -8,6 +8,7 @@ Invariants:
 """
 
 import copy
+from contextlib import suppress
 
 from basefs import errors
 from basefs.cache.deliveries import Deliveries
@@ -48,6 +49,8 @@ class ImageTransfers:
     def demand(self, absent: list[int]) -> None:
         """See that every chunk in `absent` (ascending) is claimed or comes with the stream. Synchronous."""
         if self._deliveries.is_streamed:
+            if self._deliveries.may_be_ranged():
+                self._flights.start(self._look_again)
             self._stream.start()
             return
         states = self._ledger.states
@@ -105,6 +108,16 @@ class ImageTransfers:
             if window is not None and self._deliveries.gate.is_open:
                 self._ledger.claim(window)
                 await self._transfer(window.chunks)
+
+    async def _look_again(self) -> None:
+        """Ask for a range of a streamed image; beside the stream, so that nobody waits for the answer."""
+        async with self._services.slots.take(background=True):
+            with suppress(errors.BasefsError):
+                probe = await self._services.source.probe(
+                    self._entry.image_id, size=self._ledger.size, header_bytes=self._ledger.chunk_bytes
+                )
+                if probe.kind == "ranged":
+                    self._deliveries.ranged(probe.reason)
 
     async def _transfer(self, chunks: range) -> errors.BasefsError | None:
         """Fetch claimed `chunks` and settle them; the error, if there was one, was told to the waiters.

@@ -16,6 +16,7 @@ from basefs.catalog.index import CatalogIndex
 from basefs.catalog.records import ImageEntry
 from basefs.catalog.refresher import CatalogRefresher
 from basefs.catalog.store import CatalogStore
+from basefs.concurrency.outage import Outage
 from basefs.core.names import is_base_name
 
 ABSENT_FOR_S = 5.0
@@ -37,11 +38,19 @@ class Catalog:
         refresh_s: float,
         full_refresh_s: float,
         lookup_deadline_s: float,
+        outage: Outage | None = None,
     ) -> None:
+        self._outage = outage or Outage()
         self._index = CatalogIndex()
         self._store = store
         self._refresher = CatalogRefresher(
-            self._index, metadata, store, nursery, refresh_s=refresh_s, full_refresh_s=full_refresh_s
+            self._index,
+            metadata,
+            store,
+            nursery,
+            self._outage,
+            refresh_s=refresh_s,
+            full_refresh_s=full_refresh_s,
         )
         self._lookup_deadline_s = lookup_deadline_s
         # Names and not-active images that Glance was asked about a moment ago.
@@ -121,7 +130,8 @@ class Catalog:
     async def resolve(self, base_name: str) -> ImageEntry | None:
         """The image behind a name; None if Glance has none. A known, active one is answered at once.
 
-        Else Glance is asked within `lookup_deadline_s`, at most once a second for all unknown names together, and
+        Else Glance is asked within `lookup_deadline_s` (not at all while an outage is on), at most once a second for
+        all unknown names together, and
         not for what it was asked about less than 5 s ago. The answer may be an entry that is not active, or gone:
         then Glance was asked, or could not be.
 
@@ -148,12 +158,14 @@ class Catalog:
             if isinstance(exc, errors.CacheError):
                 raise
             reason = exc if isinstance(exc, errors.SourceError) else f"no answer in {self._lookup_deadline_s:g} s"
-            raise errors.SourceUnavailableError(f"Glance cannot be asked about {base_name}: {reason}") from exc
+            text = f"Glance cannot be asked about {base_name}: {reason}"
+            raise errors.SourceUnavailableError(text, is_outage=self._outage.is_on) from exc
         self._asked[base_name] = None
         return self._index.by_base_name(base_name)
 
     async def _ask(self, base_name: str) -> None:
         """Return when a list that was begun after this call was seen, or the name is there."""
+        self._outage.check()  # at once, not when it is this list's turn
         asked_at, begun_before = trio.current_time(), self._refresher.lists_begun
         while self._refresher.list_seen <= begun_before:
             await self._refresher.refresh(full=False)

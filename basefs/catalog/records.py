@@ -75,6 +75,8 @@ class ImageEntry:
     local: LocalState = field(default_factory=LocalState)
     is_gone: bool = False
     """Glance said with authority that it has no such image any more."""
+    looked_at: float | None = None
+    """Trio's clock when `local.source_kind` was last found out in this life."""
 
     @property
     def image_id(self) -> str:

@@ -19,6 +19,7 @@ from basefs.catalog.glance_images import ImageMetadata, earlier, is_same_content
 from basefs.catalog.index import CatalogIndex
 from basefs.catalog.records import UNCHECKED, ImageEntry, ImageRecord
 from basefs.catalog.store import CatalogStore
+from basefs.concurrency.outage import Outage
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.names import base_name_of
 from basefs.core.retry import backoff_s
@@ -26,6 +27,8 @@ from basefs.core.retry import backoff_s
 log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_MIN_S = 1.0
+SPREAD_S = 2.0
+"""After an outage, so that a thousand nodes do not ask for their lists in the same moment."""
 OVERLAP_S = 10.0
 """Asked again each time: Glance's API servers have clocks of their own, and a change shows when it is committed."""
 _FUTURE_MAX = timedelta(minutes=5)
@@ -43,6 +46,7 @@ class CatalogRefresher:
         metadata: ImageMetadata,
         store: CatalogStore,
         nursery: trio.Nursery,
+        outage: Outage,
         *,
         refresh_s: float,
         full_refresh_s: float,
@@ -65,6 +69,8 @@ class CatalogRefresher:
         self._began_at = float("-inf")
         self._updated_since: str | None = None
         self._listed_whole_at = 0.0
+        self._outage = outage
+        self._failures = 0
         self._is_lost = False
 
     async def load(self) -> None:
@@ -108,7 +114,15 @@ class CatalogRefresher:
             else:
                 attempt = 0
                 pause_s = self._refresh_s * (0.9 + 0.2 * _jitter())
-            await trio.sleep(pause_s)
+            await self._pause(trio.current_time() + pause_s)
+
+    async def _pause(self, until: float) -> None:
+        """Return at `until`, or soon after an outage has ended; not all nodes at once."""
+        ended = self._outage.ended
+        while trio.current_time() < until and self._outage.ended == ended:
+            await self._outage.next_change(until)
+        if self._outage.ended > ended:
+            await trio.sleep(SPREAD_S * _jitter())
 
     async def recheck(self, entry: ImageEntry) -> None:
         """Ask Glance about one image: `record` and `is_gone` are then as it says.
@@ -203,14 +217,22 @@ class CatalogRefresher:
         try:
             await refresh()
         except (errors.SourceError, errors.CacheError) as exc:
-            if not self._is_lost:
+            self._failures += 1
+            if not self._is_lost and not self._is_told_elsewhere(exc):
                 self._is_lost = True
                 log.warning("the image catalog cannot be refreshed, known images stay: %s", exc)
             raise
         self.refreshed_at = time.time()
+        self._failures = 0
         if self._is_lost:
             self._is_lost = False
             log.info("the image catalog is refreshed again")
+
+    def _is_told_elsewhere(self, error: errors.BasefsError) -> bool:
+        """An outage tells of itself; of a first failure that looks like one a probe is deciding."""
+        if not isinstance(error, errors.SourceUnavailableError):
+            return False
+        return error.is_outage or (error.may_be_away and self._failures == 1)
 
 
 def _newest(updated_since: str | None, records: Iterable[ImageRecord]) -> str | None:

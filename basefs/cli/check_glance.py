@@ -8,9 +8,9 @@ from oslo_config.cfg import ConfigOpts
 
 from basefs.cli.findings import Finding, error, ok, warning
 from basefs.errors import BasefsError, ConfigError, SourceForbiddenError
+from basefs.sources.access import GlanceAccess, open_glance
 from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
-from basefs.sources.session import GlanceAccess, open_glance
 
 DEADLINE_S = 60.0
 PROBE_BYTES = 64 * 1024

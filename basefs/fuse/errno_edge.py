@@ -63,10 +63,13 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
 
 RECORD_INTERVAL_S = 10.0
 """The same failure of the same operation on the same file gives one WARNING in so many seconds."""
+OUTAGE_RECORD_INTERVAL_S = 600.0
+"""The same for all files together, while an outage is on that was told already."""
 
 NAME_MAX = 255
 
 _NUMBER = re.compile(r"\b\d+\b")
+_outages = ConditionLog(log, repeat_s=OUTAGE_RECORD_INTERVAL_S, clock=trio.current_time)
 _conditions = ConditionLog(log, repeat_s=RECORD_INTERVAL_S, keys_max=1000, clock=trio.current_time)
 
 
@@ -80,6 +83,10 @@ def errno_of(error: errors.BasefsError) -> int:
 def _record(operation: str, error: errors.BasefsError) -> None:
     if errno_of(error) != errno.EIO or isinstance(error, errors.LowerFileError):
         log.debug("%s: %s", operation, error)
+        return
+    if isinstance(error, errors.SourceUnavailableError) and error.is_outage:
+        # The outage was told; this says, once, that somebody felt it.
+        _outages.begins(operation, logging.WARNING, "%s answered EIO: %s", operation, error)
         return
     # Without its numbers, or each offset of a scan through an outage would be a failure of its own.
     key = (operation, _NUMBER.sub("", str(error)))

@@ -108,6 +108,8 @@ class ServableGate:
                 )  # fmt: skip
                 break
             except errors.SourceUnavailableError as exc:
+                if exc.is_outage:
+                    raise  # it says so at once to whoever lists a thousand images
                 attempt += 1
                 wait_s = backoff_s(attempt, base_s=0.2, cap_s=2.0, jitter=random.random())  # noqa: S311 (no secret)
                 if trio.current_time() + wait_s >= until:
@@ -125,6 +127,7 @@ class ServableGate:
                 raise errors.ImageRefusedError(str(exc)) from exc
         self._denied.pop(entry.number, None)
         entry.local.source_kind, entry.local.source_reason = probe.kind, probe.reason
+        entry.looked_at = trio.current_time()
         # In a thread: inspecting 256 KiB takes 5-20 ms.
         record = entry.record
         verdict = await self._inspections.run(lambda: content_verdict(record, probe.header, view=self._view))

@@ -46,9 +46,9 @@ from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.session import serve_session
 from basefs.service.view import View
+from basefs.sources.access import GlanceAccess, open_glance
 from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
-from basefs.sources.session import GlanceAccess, open_glance
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class Service:
             refresh_s=settings.catalog_refresh_s,
             full_refresh_s=settings.catalog_full_refresh_s,
             lookup_deadline_s=settings.lookup_deadline_s,
+            outage=self._access.endpoints.outage,
         )
         await catalog.load()
         counters = FetchCounters()
@@ -154,6 +155,7 @@ class Service:
             )
         )
         listener = ControlListener(settings.control_socket)
+        nursery.start_soon(self._access.endpoints.watch)
         nursery.start_soon(catalog.run)
         # What stands now stays: without it the collector walks all of it again and again.
         gc.collect()
@@ -189,6 +191,7 @@ class Service:
             jitter=random.random,
             changed=catalog.touch,
             counters=counters,
+            outage=self._access.endpoints.outage,
         )
         handler = DownloadingTemplateImageHandler(self._chunks_dir, settings.chunk_bytes, services)
         await handler.init()

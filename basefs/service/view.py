@@ -18,8 +18,8 @@ from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.report import image_report
+from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
-from basefs.sources.session import GlanceAccess
 
 
 class View:
@@ -77,6 +77,7 @@ class View:
             "glance_reachable": contact.reachable,
             "glance_error": contact.error,
             "glance_error_at": contact.error_at,
+            "endpoints": self._access.endpoints.report(),
             "catalog_refreshed_at": self._catalog.refreshed_at,
             "fuse_requests": self._fuse_requests(),
         }

@@ -4,11 +4,13 @@ A thread cannot be stopped, but the connection it reads from can be shut down fr
 read ends at once, and with it the call. Only making a connection cannot be ended so (CONNECT_TIMEOUT_S).
 """
 
+import math
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, TypeVar, TypeVarTuple
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TypeVar, TypeVarTuple
 
 import outcome
 import trio
@@ -18,16 +20,23 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from basefs.concurrency.threads import BlockingCalls
 
+EndpointName = Literal["glance", "keystone"]
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _thread = threading.local()
 
 
-class _Exchange:
-    """The requests of one call, all made in one thread."""
+class Exchange:
+    """The requests of one call, all made in one thread; the loop looks on."""
 
     def __init__(self) -> None:
+        self.endpoint: EndpointName = "glance"
+        """Who is asked now, or was asked last. Written by the thread."""
+        self.alive_at = math.inf
+        """`time.monotonic()` of the last byte that came; the thread's beginning before the first."""
+        self.is_in_body = False
+        """Whether image bytes are coming."""
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._is_ended = False
@@ -35,6 +44,7 @@ class _Exchange:
     def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """`fn(*args)`; the connections that it uses are known here."""
         _thread.exchange = self
+        self.alive_at = time.monotonic()
         try:
             return fn(*args)
         finally:
@@ -51,15 +61,37 @@ class _Exchange:
                 return
         _shut_down(connected)
 
-    async def interrupt_when_cancelled(self) -> None:
-        """Ends when it is cancelled; a request under way ends with it."""
+    def interrupt(self) -> None:
+        """Make the request under way fail now; those that would follow in this call fail, too."""
+        with self._lock:
+            self._is_ended = True
+            if self._socket is not None:
+                _shut_down(self._socket)
+
+    async def watch(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        """Runs `meanwhile` until it is cancelled; a request under way ends with that."""
         try:
-            await trio.sleep_forever()
+            await meanwhile()
         finally:
-            with self._lock:
-                self._is_ended = True
-                if self._socket is not None:
-                    _shut_down(self._socket)
+            self.interrupt()
+
+
+def current_exchange() -> Exchange | None:
+    """The call that this thread works for; None outside of `run_interruptibly`."""
+    exchange: Exchange | None = getattr(_thread, "exchange", None)
+    return exchange
+
+
+@contextmanager
+def asking(endpoint: EndpointName) -> Iterator[None]:
+    """The body asks `endpoint`; that stays noted when it fails."""
+    exchange = current_exchange()
+    if exchange is None:
+        yield
+        return
+    before, exchange.endpoint = exchange.endpoint, endpoint
+    yield
+    exchange.endpoint = before
 
 
 def _shut_down(connected: socket.socket) -> None:
@@ -68,19 +100,26 @@ def _shut_down(connected: socket.socket) -> None:
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
-async def run_interruptibly(threads: BlockingCalls, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+async def run_interruptibly(
+    threads: BlockingCalls,
+    fn: Callable[[*Ts], T],
+    *args: *Ts,
+    exchange: Exchange | None = None,
+    meanwhile: Callable[[], Awaitable[None]] = trio.sleep_forever,
+) -> T:
     """The result of `fn(*args)` in a thread of `threads`.
 
+    `meanwhile` runs beside it in the loop and must not end by itself; it may `interrupt` the `exchange`.
     Cancellation: shuts down the connection that the thread waits for, and then waits for the thread.
     """
-    exchange = _Exchange()
+    under_way = exchange or Exchange()
 
     async def call() -> T:
-        return await threads.run(lambda: exchange.run(fn, *args))
+        return await threads.run(lambda: under_way.run(fn, *args))
 
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(exchange.interrupt_when_cancelled)
+            nursery.start_soon(under_way.watch, meanwhile)
             result = await outcome.acapture(call)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup:
@@ -105,7 +144,7 @@ class _TlsConnection(HTTPSConnection):
 def _note(connection: HTTPConnection) -> None:
     if connection.sock is None:
         connection.connect()
-    exchange: _Exchange | None = getattr(_thread, "exchange", None)
+    exchange = current_exchange()
     if exchange is not None and connection.sock is not None:
         exchange.uses(connection.sock)
 

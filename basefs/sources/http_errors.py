@@ -75,7 +75,8 @@ def error_of_status(
         return errors.SourceForbiddenError(message)
     # 409, 429 and 5xx by name; what else may come (3xx, 405, 408, ...) is a proxy's or a wrong endpoint's
     # word and says nothing about the image either.
-    return errors.SourceUnavailableError(message, retry_after_s=retry_after)
+    is_server_error = status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
+    return errors.SourceUnavailableError(message, retry_after_s=retry_after, may_be_away=is_server_error)
 
 
 @contextmanager
@@ -99,8 +100,9 @@ def translated(what: str) -> Iterator[None]:
         after = getattr(exc, "retry_after", None)
         seconds = float(after) if isinstance(after, int | float) and after > 0 else None
         text = f"{what}: {safe_text(str(exc))}"
-        raise errors.SourceUnavailableError(text, retry_after_s=seconds) from exc
+        is_server_error = (exc.http_status or 0) >= http.HTTPStatus.INTERNAL_SERVER_ERROR
+        raise errors.SourceUnavailableError(text, retry_after_s=seconds, may_be_away=is_server_error) from exc
     except (ksa.ClientException, requests.RequestException, urllib3.exceptions.HTTPError) as exc:
-        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}") from exc
+        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}", may_be_away=True) from exc
     except (http.client.HTTPException, OSError, UnicodeError) as exc:
-        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}") from exc
+        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}", may_be_away=True) from exc

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from basefs import errors
+from basefs.sources.access import GlanceAccess
 from basefs.sources.http_errors import error_of_status, safe_text, text_of_error, translated
-from basefs.sources.session import GlanceAccess
 
 if TYPE_CHECKING:
     from glanceclient.v2 import client
@@ -123,7 +123,7 @@ def _glanceclient_translated(what: str) -> Iterator[None]:
         status = exc.code if isinstance(exc.code, int) else http.HTTPStatus.BAD_REQUEST
         raise error_of_status(status, what, detail=safe_text(str(exc.details or ""))) from exc
     except (glance.ClientException, glance.BaseException) as exc:
-        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}") from exc
+        raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}", may_be_away=True) from exc
     except _NOT_GLANCE as exc:
         text = f"{what}: the answer is not one of Glance ({text_of_error(exc)})"
         raise errors.SourceUnavailableError(text) from exc

@@ -1,59 +1,30 @@
-"""The one way to Glance: a keystoneauth session, what it found out about Glance, and who we are there."""
+"""The keystoneauth session with Glance: our time-outs, signs of life, and no answer that is not Glance's."""
 
+import http
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, TypeVarTuple
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import requests
 from keystoneauth1 import exceptions as ksa
-from keystoneauth1 import loading, noauth, plugin, session
-from oslo_config import cfg
+from keystoneauth1 import plugin, session
 
 from basefs import errors
-from basefs.concurrency.threads import BlockingCalls
-from basefs.sources.exchange import InterruptibleAdapter, run_interruptibly
-from basefs.sources.http_errors import safe_text, translated
+from basefs.sources.exchange import EndpointName, InterruptibleAdapter, asking, current_exchange
+from basefs.sources.http_errors import safe_text
 from basefs.sources.request_stats import HttpStats, request_kind
 
 TlsVersion = Literal["1.2", "1.3"] | None
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
-
 CONNECT_TIMEOUT_S = 5.0
 INACTIVITY_TIMEOUT_S = 20.0
 """Longest silence in the middle of an answer; a slow but steady body may take as long as it likes.
 
 Shorter than a guest waits (SCSI: 30 s), longer than Glance needs to attach a volume for its cinder store.
 """
-METADATA_THREADS_MAX = 4
+REQUEST_ID = "X-Openstack-Request-Id"
+"""Glance puts it on each of its answers, and nothing that stands before Glance does."""
 _GATEWAY_STATUSES = (502, 503, 504)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contact:
-    """How the last contact with Glance ended. `reachable` is None before the first one.
-
-    `error` and `error_at` (Unix time) are those of the last failure, also after Glance came back.
-    """
-
-    reachable: bool | None = None
-    error: str | None = None
-    error_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """Who we are to Glance, as far as the auth plugin knows, and where Glance is."""
-
-    endpoint: str
-    auth_type: str
-    user_id: str | None = None
-    user_name: str | None = None
-    project_id: str | None = None
-    project_name: str | None = None
-    roles: tuple[str, ...] = ()
 
 
 class GlanceSession(session.Session):
@@ -68,6 +39,8 @@ class GlanceSession(session.Session):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  keystoneauth's own signature
         super().__init__(*args, **kwargs)
         self.stats = HttpStats()
+        self.on_life: Callable[[EndpointName], None] = lambda _name: None
+        """Called in the thread when an endpoint has answered, with no error of its server."""
 
     def request(  # type: ignore[override]  # 25 more keywords, handed on as they come
         self,
@@ -92,7 +65,28 @@ class GlanceSession(session.Session):
         self.stats.add(kind, response.status_code, time.monotonic() - began)
         if is_to_glance and response.status_code not in _GATEWAY_STATUSES:
             self.answered_at = time.monotonic()
+        if response.status_code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            self.is_alive("glance" if is_to_glance else "keystone")
+        if is_to_glance and not url.endswith("/file") and not is_word_of_glance(response):
+            raise errors.SourceUnavailableError(f"{method} {safe_text(url)}: something before Glance answered 404")
         return response
+
+    def is_alive(self, name: EndpointName) -> None:
+        """Something came from the endpoint. For threads."""
+        exchange = current_exchange()
+        if exchange is not None:
+            exchange.alive_at = time.monotonic()
+        self.on_life(name)
+
+    def get_auth_headers(
+        self,
+        auth: plugin.BaseAuthPlugin | None = None,
+        **kwargs: Any,  # noqa: ANN401  keystoneauth's own signature
+    ) -> dict[str, str] | None:
+        """See keystoneauth; a failure is noted as Keystone's."""
+        with asking("keystone"):
+            headers: dict[str, str] | None = super().get_auth_headers(auth, **kwargs)
+            return headers
 
     def get_endpoint(
         self,
@@ -100,7 +94,13 @@ class GlanceSession(session.Session):
         **kwargs: Any,  # noqa: ANN401  keystoneauth's own signature
     ) -> str | None:
         """See keystoneauth; without a version at the end."""
-        return _without_version(super().get_endpoint(auth, **kwargs))
+        with asking("keystone"):
+            return without_version(super().get_endpoint(auth, **kwargs))
+
+
+def is_word_of_glance(response: requests.Response) -> bool:
+    """False for a 404 that a proxy, a wrong endpoint or a web server gave: it says nothing about an image."""
+    return response.status_code != http.HTTPStatus.NOT_FOUND or REQUEST_ID in response.headers
 
 
 class _HttpSession(requests.Session):
@@ -135,154 +135,7 @@ def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
-class _Anonymous(noauth.NoAuth):
-    """`auth_type = none` that sends no token at all; keystoneauth's sends "notused", which a Glance may refuse."""
-
-    def get_headers(self, session: Any) -> dict[str, str]:  # noqa: ANN401, ARG002  (keystoneauth's signature)
-        """No headers."""
-        return {}
-
-
-class GlanceAccess:
-    """A session with Glance. `call` is the one way to use it from the loop.
-
-    `contact` is owned by the loop; the session is used from threads, which keystoneauth and urllib3 allow.
-    """
-
-    def __init__(self, glance_session: GlanceSession, adapter_options: dict[str, Any], *, auth_type: str) -> None:
-        self.session = glance_session
-        self.adapter_options = adapter_options
-        """Arguments for an `Adapter` (or a glanceclient) over the session."""
-        self.contact = Contact()
-        self._auth_type = auth_type
-        self._metadata_calls = BlockingCalls("glance-metadata", threads_max=METADATA_THREADS_MAX)
-
-    async def call(self, threads: BlockingCalls, fn: Callable[[*Ts], T], *args: *Ts) -> T:
-        """The result of `fn(*args)` in a thread of `threads`; `contact` learns how it went.
-
-        Cancellation: ends a request under way by shutting its connection down, and waits for the thread.
-        """
-        began = time.monotonic()
-        try:
-            result = await run_interruptibly(threads, fn, *args)
-        except errors.BasefsError as exc:
-            answered = self.session.answered_at >= began
-            if not answered or isinstance(exc, errors.SourceUnavailableError | errors.SourceForbiddenError):
-                self.contact = Contact(reachable=answered, error=str(exc), error_at=time.time())
-            raise
-        self.contact = Contact(reachable=True, error=self.contact.error, error_at=self.contact.error_at)
-        return result
-
-    async def call_metadata(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
-        """`call` in the few threads kept for metadata, which image bytes never occupy."""
-        return await self.call(self._metadata_calls, fn, *args)
-
-    def get(self, path: str, headers: dict[str, str]) -> requests.Response:
-        """Glance's answer to a GET, whatever its status, its body not yet read. Blocks: for threads.
-
-        The caller closes the response. `headers` go out as they are (glanceclient would encode the `=` of a
-        Range). A 401 has been tried once more with a new token, where the plugin can get one.
-        """
-        options = self.adapter_options
-        with translated(f"GET {path}"):
-            return self.session.request(
-                path,
-                "GET",
-                endpoint_override=options["endpoint_override"],
-                endpoint_filter={
-                    key: options[key] for key in ("service_type", "service_name", "interface", "region_name")
-                },
-                headers=headers,
-                stream=True,
-                raise_exc=False,
-                log=False,
-            )
-
-    async def identity(self) -> Identity:
-        """Who we are to Glance. Asks Keystone when there is no token yet.
-
-        Raises:
-            SourceForbiddenError, SourceUnavailableError: no token or no endpoint can be had.
-        """
-        # Not `call`: Keystone answering says nothing about Glance.
-        return await run_interruptibly(self._metadata_calls, self._identity)
-
-    def _identity(self) -> Identity:
-        with translated("who are we"):
-            self.session.get_auth_headers()
-            options = self.adapter_options
-            endpoint = options["endpoint_override"] or self.session.get_endpoint(
-                **{key: options[key] for key in ("service_type", "service_name", "interface", "region_name")}
-            )
-            if endpoint is None:
-                raise errors.SourceUnavailableError("the service catalog has no fitting image endpoint")
-            get_access = getattr(self.session.auth, "get_access", None)
-            if get_access is None:
-                return Identity(endpoint=safe_text(endpoint), auth_type=self._auth_type)
-            access = get_access(self.session)
-            return Identity(
-                endpoint=safe_text(endpoint),
-                auth_type=self._auth_type,
-                user_id=access.user_id,
-                user_name=access.username,
-                project_id=access.project_id,
-                project_name=access.project_name,
-                roles=tuple(access.role_names or ()),
-            )
-
-    def close(self) -> None:
-        """Close idle connections. Requests under way end by themselves."""
-        self.session.session.close()
-
-
-class _SessionLoader(loading.session.Session):
-    @property
-    def plugin_class(self) -> type[session.Session]:
-        return GlanceSession
-
-
-def open_glance(conf: cfg.ConfigOpts, *, threads_max: int, group: str = "glance") -> GlanceAccess:
-    """Access to the Glance that `[glance]` describes. Nothing is sent yet.
-
-    Args:
-        conf: Loaded, with keystoneauth's session, auth and adapter options registered in `group`.
-        threads_max: Requests for image bytes at a time, for which connections are kept.
-        group: The section.
-
-    Raises:
-        ConfigError: The options do not fit together, or name an auth plugin that is not there.
-    """
-    section = conf[group]
-    try:
-        auth = loading.load_auth_from_conf_options(conf, group)
-        if auth is None:
-            raise errors.ConfigError(f"[{group}] auth_type is not set")
-        if isinstance(auth, noauth.NoAuth):
-            auth = _Anonymous(endpoint=auth.endpoint)
-        http = _http_session(
-            section.tls_ciphers, section.tls_min_version, connections_max=threads_max + METADATA_THREADS_MAX
-        )
-        glance_session = _SessionLoader().load_from_conf_options(conf, group, auth=auth, session=http)
-        assert isinstance(glance_session, GlanceSession)
-        adapter = loading.load_adapter_from_conf_options(conf, group, session=glance_session, auth=auth)
-    except (ksa.ClientException, TypeError, ValueError) as exc:
-        raise errors.ConfigError(f"[{group}]: {safe_text(str(exc))}") from exc
-    auth_type = conf[section.auth_section or group].auth_type
-    endpoint = adapter.endpoint_override
-    if endpoint is None:
-        # Plugins without a catalog (none, admin_token, http_basic) hold the endpoint themselves.
-        endpoint = getattr(auth, "endpoint", None)
-    options = {
-        "service_type": adapter.service_type or "image",
-        "service_name": adapter.service_name,
-        "interface": adapter.interface,
-        "region_name": adapter.region_name,
-        "endpoint_override": _without_version(endpoint),
-    }
-    return GlanceAccess(glance_session, options, auth_type=auth_type)
-
-
-def _http_session(tls_ciphers: str | None, tls_min_version: TlsVersion, *, connections_max: int) -> requests.Session:
+def http_session(tls_ciphers: str | None, tls_min_version: TlsVersion, *, connections_max: int) -> requests.Session:
     """A `requests` session that keeps a connection for each of our threads."""
     http = _HttpSession()
     adapter = InterruptibleAdapter(
@@ -296,7 +149,8 @@ def _http_session(tls_ciphers: str | None, tls_min_version: TlsVersion, *, conne
     return http
 
 
-def _without_version(endpoint: str | None) -> str | None:
+def without_version(endpoint: str | None) -> str | None:
+    """The URL without `/v1` or `/v2` at its end."""
     if endpoint is None:
         return None
     endpoint = endpoint.rstrip("/")

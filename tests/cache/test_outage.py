@@ -7,7 +7,8 @@ import trio
 import trio.testing
 
 from basefs import errors
-from basefs.cache.outage import RETRY_BASE_S, RETRY_CAP_S, RetryGate
+from basefs.cache.outage import RETRY_AFTER_MAX_S, RETRY_BASE_S, RETRY_CAP_S, RetryGate
+from basefs.concurrency.outage import Outage
 from tests.cache.conftest import CHUNK, IMAGE_ID, Fetchers, make_entry
 from tests.cache.memory_source import MemorySource
 from tests.conftest import ExpectedWarnings
@@ -19,7 +20,7 @@ async def test_tries_that_failed_together_count_as_one(
     autojump_clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
 ) -> None:
     expected_warnings("503")
-    gate = RetryGate("a", lambda: 0.999)
+    gate = RetryGate("a", lambda: 0.999, Outage())
     for _ in range(8):
         gate.failed(AWAY)
     assert gate.retry_at - trio.current_time() <= RETRY_BASE_S
@@ -36,8 +37,8 @@ async def test_a_server_that_says_when_is_asked_then_within_a_bound(
     autojump_clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
 ) -> None:
     expected_warnings("503")
-    for asked_s, expected_s in ((3.0, 3.0), (3600.0, RETRY_CAP_S)):
-        gate = RetryGate("a", lambda: 0.0)
+    for asked_s, expected_s in ((3.0, 3.0), (3600.0, RETRY_AFTER_MAX_S)):
+        gate = RetryGate("a", lambda: 0.0, Outage())
         gate.failed(errors.SourceUnavailableError("Glance answered 503", retry_after_s=asked_s))
         assert gate.retry_at - trio.current_time() == expected_s
 
@@ -47,7 +48,7 @@ async def test_an_outage_is_told_when_it_begins_and_when_it_ends(
 ) -> None:
     expected_warnings("503")
     caplog.set_level("INFO", logger="basefs")
-    gate = RetryGate("a", lambda: 0.5)
+    gate = RetryGate("a", lambda: 0.5, Outage())
     for _ in range(5):
         gate.failed(AWAY)
         await gate.wait()

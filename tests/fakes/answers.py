@@ -56,6 +56,11 @@ def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"
     return lambda _answer: Answer(status=code, headers=sent, body=body)
 
 
+def not_found() -> Fault:
+    """Glance's own 404: with the request id that only Glance gives."""
+    return status(404, {"X-Openstack-Request-Id": "req-0"})
+
+
 def slow(bytes_per_s: float) -> Fault:
     """Send the body at this rate."""
     return lambda answer: replace(answer, bytes_per_s=bytes_per_s)

@@ -5,6 +5,7 @@ import json
 import threading
 import urllib.parse
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -80,7 +81,11 @@ class MemoryGlance:
             self.data.pop(image_id, None)
 
     def answer(self, request: Request) -> Answer:
-        """What Glance says."""
+        """What Glance says, with the request id that it puts on everything."""
+        answer = self._answer(request)
+        return replace(answer, headers={**answer.headers, "X-Openstack-Request-Id": f"req-{uuid.uuid4()}"})
+
+    def _answer(self, request: Request) -> Answer:
         parts = request.path.strip("/").split("/")
         if request.method != "GET" or parts[0] != "v2":
             return _error(404, "no such thing")

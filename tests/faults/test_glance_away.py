@@ -35,7 +35,7 @@ DEADLINES = {"other_io_deadline_s": 1.0, "lookup_deadline_s": 1.5, "guest_io_dea
 def test_a_start_without_glance_ever_serves_the_lower_directory_and_knows_no_image(
     basefs_mount: MountFactory, expected_warnings: ExpectedWarnings
 ) -> None:
-    expected_warnings("catalog cannot be refreshed.*refused")
+    expected_warnings("Glance is away.*refused")
     expected_warnings("lookup answered EIO.*cannot be asked")
     mount = basefs_mount(NOBODY, DEADLINES, start=False)
     (mount.mountpoint / "swap_512").write_bytes(b"swap")
@@ -58,7 +58,7 @@ def test_a_start_while_glance_is_away_serves_known_names_and_what_is_cached(
         path = mount.mountpoint / base_name(image_id)
         assert read_at(path, 2 * MIB, PART) == data[2 * MIB :][:PART]
         mount.unmount()
-    expected_warnings("catalog cannot be refreshed.*refused")
+    expected_warnings("Glance is away.*refused")
     mount.start()
     assert path.name in os.listdir(mount.mountpoint)
     assert path.stat().st_size == len(data)

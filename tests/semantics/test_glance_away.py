@@ -26,7 +26,7 @@ GUEST_S = 60.0
 RETRY_S = 10.0
 SLACK_S = 4.0
 """What a loaded machine may add."""
-EXPECTED = ("cannot be refreshed", "answered EIO", "basefs.cache.outage image")
+EXPECTED = ("cannot be refreshed", "Glance is away", "answered EIO", "basefs.cache.outage image")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Access to a Glance, real or fake, as the service gets it: from a configuration file."""
 
 from basefs.config.loading import load_settings
-from basefs.sources.session import GlanceAccess, open_glance
+from basefs.sources.access import GlanceAccess, open_glance
 
 
 def access_to(tmp_path, conf_lines: str, *, threads_max: int = 8) -> GlanceAccess:

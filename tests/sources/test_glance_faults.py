@@ -9,10 +9,13 @@ import pytest
 import trio
 
 from basefs import errors
+from basefs.sources import access as access_module
+from basefs.sources import bodies as bodies_module
 from basefs.sources import glance as glance_module
 from basefs.sources import session as session_module
 from basefs.sources.base import Digest
 from basefs.sources.glance import GlanceSource
+from basefs.sources.metadata import GlanceMetadata
 from tests.contract.test_image_source import Taken
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
@@ -90,7 +93,8 @@ RANGE_FAULTS = [
     ([answers.status(201)], errors.SourceCorruptError, "201"),
     ([answers.status(401)], errors.SourceForbiddenError, "401"),
     ([answers.status(403, body=b"has been deactivated")], errors.SourceForbiddenError, "has been deactivated"),
-    ([answers.status(404)], errors.ImageNotFoundError, "404"),
+    ([answers.status(404)], errors.SourceUnavailableError, "something before Glance answered 404"),
+    ([answers.not_found()], errors.SourceUnavailableError, "404.*but it knows the image"),
     *[
         ([answers.status(code)], errors.SourceUnavailableError, str(code))
         for code in (302, 405, 408, 409, 410, 429, 500, 502, 503, 504)
@@ -122,7 +126,7 @@ async def test_a_wrong_answer_to_a_range_is_the_right_error_and_no_wrong_byte(
     got = taken.joined(OFFSET)
     assert got == DATA[OFFSET : OFFSET + len(got)]
     assert len(got) % PIECE == 0
-    assert front.count("/file") == 1
+    assert front.count("/file") == (2 if error is errors.RangeNotHonouredError else 1)
     await assert_right_again(front, source, image)
 
 
@@ -155,7 +159,8 @@ STREAM_FAULTS = [
     ([answers.status(400)], errors.SourceUnavailableError, "400"),
     ([answers.status(204)], errors.SourceCorruptError, "no data"),
     ([answers.status(403)], errors.SourceForbiddenError, "403"),
-    ([answers.status(404)], errors.ImageNotFoundError, "404"),
+    ([answers.status(404)], errors.SourceUnavailableError, "something before Glance answered 404"),
+    ([answers.not_found()], errors.SourceUnavailableError, "404.*but it knows the image"),
     ([answers.status(500)], errors.SourceUnavailableError, "500"),
     ([answers.too_short()], errors.SourceCorruptError, "1048575 bytes"),
     ([answers.too_long()], errors.SourceCorruptError, "1048577 bytes"),
@@ -224,7 +229,8 @@ async def test_a_store_without_ranges_is_probed_by_the_start_of_a_plain_get(fron
     probe = await source.probe(image, size=SIZE, header_bytes=65536)
     assert (probe.kind, probe.header) == ("streamed", DATA[:65536])
     assert image in probe.reason
-    assert (source.requests, front.count("/file")) == (requests, requests)
+    # The one odd range more is the confirmation.
+    assert (source.requests, front.count("/file")) == (requests + 1, requests + 1)
 
 
 async def test_the_reason_of_a_streamed_image_is_glances_own(front, source, image):
@@ -238,7 +244,7 @@ async def test_the_reason_of_a_streamed_image_is_glances_own(front, source, imag
     [
         ([answers.status(503)], errors.SourceUnavailableError),
         ([answers.status(403)], errors.SourceForbiddenError),
-        ([answers.status(404)], errors.ImageNotFoundError),
+        ([answers.status(404)], errors.SourceUnavailableError),
         ([answers.status(204)], errors.SourceCorruptError),
         ([answers.whole_for_range(), answers.too_long()], errors.SourceCorruptError),
         ([answers.cut(1000)], errors.SourceUnavailableError),
@@ -328,7 +334,7 @@ async def test_contact_says_whether_glance_answers(front, access, source, image)
     assert access.contact.reachable is None
     await ranged(source, image)
     assert (access.contact.reachable, access.contact.error) == (True, None)
-    front.on("/file").respond(answers.status(404))
+    front.on("/v2/images").respond(answers.not_found())
     with pytest.raises(errors.ImageNotFoundError):
         await ranged(source, image)
     assert (access.contact.reachable, access.contact.error) == (True, None)
@@ -349,3 +355,42 @@ async def test_contact_says_whether_glance_answers(front, access, source, image)
     assert access.contact.reachable is True
     assert "503" in access.contact.error
     assert access.contact.error_at is not None
+
+
+async def test_one_odd_answer_makes_no_image_a_streamed_one(front, source, image):
+    for faults in ([answers.whole_for_range()], [answers.status(400)], [answers.content_range(None)]):
+        front.on("/file").respond(*faults, times=1)
+        assert (await source.probe(image, size=SIZE, header_bytes=65536)).kind == "ranged"
+        front.on("/file").respond(*faults, times=1)
+        assert (await ranged(source, image)).joined(OFFSET) == DATA[OFFSET : OFFSET + LENGTH]
+
+
+async def test_only_glances_own_404_to_the_metadata_makes_an_image_absent(front, access, source, image):
+    front.on("/v2/images").respond(answers.status(404))
+    for call in (ranged(source, image), GlanceMetadata(access).show_image(image)):
+        with pytest.raises(errors.SourceUnavailableError, match="something before Glance"):
+            await call
+    front.behave()
+    front.on("/file").respond(answers.not_found())
+    with pytest.raises(errors.SourceUnavailableError, match="knows the image"):
+        await ranged(source, image)
+    front.behave()
+    front.glance.delete(image)
+    for call in (ranged(source, image), streamed(source, image), GlanceMetadata(access).show_image(image)):
+        with pytest.raises(errors.ImageNotFoundError):
+            await call
+
+
+async def test_a_body_that_drips_is_given_up(front, source, image, monkeypatch):
+    monkeypatch.setattr(bodies_module, "PACE_S", 0.5)
+    front.on("/file").respond(answers.slow(1000), times=1)
+    with trio.fail_after(10), pytest.raises(errors.SourceUnavailableError, match="bytes in"):
+        await ranged(source, image)
+    assert (await ranged(source, image)).joined(OFFSET) == DATA[OFFSET : OFFSET + LENGTH]
+
+
+async def test_silence_inside_a_body_is_cut_short(front, source, image, monkeypatch):
+    monkeypatch.setattr(access_module, "BODY_SILENCE_S", 0.5)
+    front.on("/file").respond(answers.slow(1), times=1)  # the first byte, then a second of nothing
+    with trio.fail_after(10), pytest.raises(errors.SourceUnavailableError):
+        await source.fetch_range(image, size=SIZE, offset=0, length=LENGTH, piece_bytes=1, deliver=Taken())
