@@ -81,13 +81,14 @@ class RetryGate:
         self._outages_before = self._outage.ended
         self._failures += 1
         self._error = error
-        self._may_be_outage = isinstance(error, errors.SourceUnavailableError) and error.may_be_away
+        # Only a first failure waits for a probe: if that found no outage, the next failures are this image's.
+        is_first = self._failures == 1
+        self._may_be_outage = is_first and isinstance(error, errors.SourceUnavailableError) and error.may_be_away
         wait_s = backoff_s(self._failures, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, jitter=self._jitter())
         if isinstance(error, errors.SourceUnavailableError) and error.retry_after_s is not None:
             wait_s = max(wait_s, min(error.retry_after_s, RETRY_AFTER_MAX_S))
         self.retry_at = trio.current_time() + wait_s
-        if self._is_told or (self._may_be_outage and self._failures == 1):
-            # If it is an outage, that is told; if a probe finds that it is none, the next failure is this image's.
+        if self._is_told or self._may_be_outage:
             log.debug("image %s: %s", self._image_id, error)
         else:
             self._is_told = True

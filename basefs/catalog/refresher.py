@@ -70,7 +70,7 @@ class CatalogRefresher:
         self._updated_since: str | None = None
         self._listed_whole_at = 0.0
         self._outage = outage
-        self._failures = 0
+        self._undecided: int | None = None
         self._is_lost = False
 
     async def load(self) -> None:
@@ -217,22 +217,23 @@ class CatalogRefresher:
         try:
             await refresh()
         except (errors.SourceError, errors.CacheError) as exc:
-            self._failures += 1
             if not self._is_lost and not self._is_told_elsewhere(exc):
                 self._is_lost = True
                 log.warning("the image catalog cannot be refreshed, known images stay: %s", exc)
             raise
         self.refreshed_at = time.time()
-        self._failures = 0
+        self._undecided = None
         if self._is_lost:
             self._is_lost = False
             log.info("the image catalog is refreshed again")
 
     def _is_told_elsewhere(self, error: errors.BasefsError) -> bool:
-        """An outage tells of itself; of a first failure that looks like one a probe is deciding."""
-        if not isinstance(error, errors.SourceUnavailableError):
+        """An outage tells of itself, and what looks like one may be: until a probe has decided."""
+        if not isinstance(error, errors.SourceUnavailableError) or not error.may_be_away:
             return False
-        return error.is_outage or (error.may_be_away and self._failures == 1)
+        if self._undecided is None:
+            self._undecided = self._outage.decided
+        return error.is_outage or self._outage.decided == self._undecided
 
 
 def _newest(updated_since: str | None, records: Iterable[ImageRecord]) -> str | None:

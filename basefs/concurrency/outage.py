@@ -20,6 +20,8 @@ class Outage:
         self.error: errors.SourceUnavailableError | None = None
         """Why requests are refused; None while they are not."""
         self.is_suspected = False
+        self.decided = 0
+        """Suspicions that are settled, one way or the other."""
         self.ended = 0
         """Outages that have ended so far."""
         self.changed = trio.Event()
@@ -46,6 +48,7 @@ class Outage:
         """A probe is deciding, or has decided."""
         if is_suspected != self.is_suspected:
             self.is_suspected = is_suspected
+            self.decided += not is_suspected
             self._change()
 
     def begin(self, error: errors.SourceUnavailableError) -> None:

@@ -19,7 +19,7 @@ PROBE_CAP_S = 2.0
 """Longest pause between probes. With the time one may take (2.5 s) an endpoint that is back is found within 4.5 s."""
 RETRY_AFTER_MAX_S = 10.0
 """An endpoint that says when to come back is believed up to here."""
-PROBE_PAUSE_MIN_S = 1.0
+PROBE_PAUSE_MIN_S = 0.5
 """Between a probe that was answered, or could not be made, and the next one."""
 
 

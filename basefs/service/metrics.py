@@ -22,9 +22,9 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.metrics_table import Sample
+from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
 from basefs.sources.request_stats import RequestKind
-from basefs.sources.session import GlanceAccess
 
 IMAGES_MAX = 200
 """Images with series of their own: those used here, the last used first. A node runs fewer; Prometheus keeps each."""

@@ -151,7 +151,7 @@ def test_the_first_listing(basefs_mount: MountFactory, expected_warnings: Expect
     """[S305] The first listing on a node that knows no image yet waits for Glance's list, `lookup_deadline_s` at
     most.
     """
-    expected_warnings("cannot be refreshed")  # the front is gone before its mounts are
+    expected_warnings("Glance is away")  # the front is gone before its mounts are
     with MisbehavingFront() as front:
         image_id = front.glance.add(DATA[:1000], name="first")
         mount = basefs_mount(front.conf_lines())
