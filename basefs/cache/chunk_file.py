@@ -145,6 +145,22 @@ class ChunkFile:
             chunk if wanted == checksum(chunk, self._seed) else None for chunk, wanted in zip(chunks, sums, strict=True)
         ]
 
+    def checked_at_once(self, first: int, count: int) -> memoryview | None:
+        """The bytes of `count` chunks from `first` on if they are in memory and fit their checksums; see `hit`."""
+        start = first * self.header.chunk_bytes
+        length = min(start + count * self.header.chunk_bytes, self.size) - start
+        if length > HIT_BYTES_MAX:
+            return None
+        data, sums, seed, step = _hit_buffer[:length], bytearray(SUM_BYTES * count), self._seed, self.header.chunk_bytes
+        try:
+            read = _preadv(self._data_fd, [data], start, _NOWAIT)
+            if read != length or _preadv(self._map_fd, [sums], SUMS_OFFSET + SUM_BYTES * first, _NOWAIT) != len(sums):
+                return None
+        except OSError:  # a cold page, or a file system that cannot tell
+            return None
+        found = [checksum(data[at : at + step], seed) for at in range(0, length, step)]
+        return data if struct.pack(f"<{count}Q", *found) == sums else None
+
     def _sums(self, first: int, count: int) -> tuple[int, ...]:
         """OSError, struct.error: the disk did not give them."""
         return struct.unpack(f"<{count}Q", os.pread(self._map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * first))

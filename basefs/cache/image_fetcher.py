@@ -15,7 +15,7 @@ from basefs.cache.chunk_file import ChunkFile
 from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
-from basefs.cache.ledger import ChunkLedger
+from basefs.cache.ledger import STORED, ChunkLedger
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
@@ -40,12 +40,13 @@ class ImageFetcher:
         self._flights = Flights(entry.image_id, services.nursery)
         self._deliveries = Deliveries(entry, self._ledger, self._board, self._flights, services)
         self._transfers = ImageTransfers(entry, self._ledger, self._board, self._flights, self._deliveries, services)
-        self._verifier = ChunkVerifier(self._ledger, services.disk, self._flights, self._damaged)
+        self._verifier = ChunkVerifier(self._ledger, services.disk, self._damaged)
         self._readers = 0
         self._no_readers = trio.Event()
+        # With nothing to check the chunk file's own: a hit costs one call.
         self.hit: Callable[[int, int], memoryview | bytes | None] = (
-            _no_hit if file is None else file.hit
-        )  # the chunk file's own: a hit costs one call
+            self._verifier.hit if file is None or STORED in states else file.hit
+        )
         self._deliveries.tell_size()
 
     @property
@@ -221,7 +222,6 @@ class ImageFetcher:
             if self._readers:
                 await self._no_readers.wait()
         self._deliveries.tell_size()
-        self.hit = _no_hit
         file, self._ledger.file = self._ledger.file, None
         if file is not None:
             file.close()
@@ -232,7 +232,3 @@ def _may_pass(error: errors.BasefsError, *, patient: bool) -> bool:
     if isinstance(error, errors.SourceUnavailableError | errors.SourceCorruptError):
         return True
     return patient and isinstance(error, errors.SourceForbiddenError)
-
-
-def _no_hit(_offset: int, _size: int) -> None:
-    """Without a chunk file nothing can be had at once."""

@@ -10,6 +10,7 @@ from basefs.cache.chunk_file import ChunkFile
 from basefs.core.readahead import MISSING, Window
 
 STORED, READY, CLAIMED = 1, 2, 3
+_IN_FILE = bytes([STORED, READY])
 
 
 class ChunkLedger:
@@ -32,6 +33,17 @@ class ChunkLedger:
     def absent(self, span: Iterable[int]) -> list[int]:
         """Those of `span` that are not here, whether on their way or not."""
         return [index for index in span if self.states[index] in (MISSING, CLAIMED)]
+
+    def here(self, span: range) -> list[int]:
+        """Those of `span` that are in the chunk file, verified or not."""
+        return [index for index in span if self.states[index] in (STORED, READY)]
+
+    def may_check_at_once(self, span: range) -> bool:
+        """Whether all of `span` is in the chunk file, some of it not verified, and no marker is to be told."""
+        states = self.states[span.start : span.stop]
+        if STORED not in states or states.strip(_IN_FILE):
+            return False
+        return not self._markers or not any(index in span for index in self._markers)
 
     def unverified(self, span: range) -> list[int]:
         """Those of `span` that must be verified before they are served."""

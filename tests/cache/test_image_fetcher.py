@@ -210,7 +210,6 @@ async def test_after_a_restart_no_byte_is_fetched_twice(fetchers: Fetchers, sour
         await read(fetcher, 0, 40 * CHUNK)
     before = source.received_bytes
     async with fetchers(source) as fetcher:
-        assert fetcher.hit(0, 10) is None, "a chunk of an earlier life is verified before it is served"
         assert await read(fetcher, 0, 40 * CHUNK) == image[: 40 * CHUNK]
         assert source.received_bytes == before
         assert fetcher.hit(0, 10) is not None
@@ -293,35 +292,21 @@ async def test_the_bytes_that_were_checked_are_the_bytes_that_are_served(
         return found
 
     monkeypatch.setattr(ChunkFile, "verify", verify_and_damage)
+    monkeypatch.setattr(ChunkFile, "checked_at_once", lambda *_arguments: None)
     async with fetchers(source) as fetcher:
         assert await read(fetcher, 5, 8 * CHUNK - 5) == image[5 : 8 * CHUNK]
 
 
-async def test_a_reader_in_order_finds_the_next_chunks_checked_already(
-    fetchers: Fetchers, source: MemorySource, image: bytes
+async def test_a_check_of_chunks_in_memory_needs_no_thread(
+    fetchers: Fetchers, source: MemorySource, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with fetchers(source) as fetcher:
         await read(fetcher, 0, len(image))
-    waited = 0
+    monkeypatch.setattr(ChunkFile, "verify", None)
     async with fetchers(source) as fetcher:
-        for offset in range(0, 128 * CHUNK, CHUNK):
-            if fetcher.hit(offset, CHUNK) is None:
-                waited += 1
-                assert await read(fetcher, offset, CHUNK) == image[offset : offset + CHUNK]
-                await trio.testing.wait_all_tasks_blocked(0.02)
-    assert waited <= 9, "windows double"
-
-
-async def test_a_reader_out_of_order_has_only_its_own_chunks_checked(
-    fetchers: Fetchers, source: MemorySource, image: bytes
-) -> None:
-    async with fetchers(source) as fetcher:
-        await read(fetcher, 0, len(image))
-    async with fetchers(source) as fetcher:
-        for index in (100, 3, 50, 20):
-            assert await read(fetcher, index * CHUNK + 5, 10) == image[index * CHUNK + 5 :][:10]
-        await trio.testing.wait_all_tasks_blocked(0.02)
-        assert [index for index in range(130) if fetcher.hit(index * CHUNK, 1) is not None] == [3, 20, 50, 100]
+        for offset, length in [(3, 10), (CHUNK - 1, 2), (5 * CHUNK, 30 * CHUNK), (128 * CHUNK, 2 * CHUNK + 7)]:
+            assert bytes(fetcher.hit(offset, length) or b"") == image[offset : offset + length]
+            assert await read(fetcher, offset, length) == image[offset : offset + length]
 
 
 async def test_damage_in_any_chunk_of_a_read_harms_no_other(
@@ -337,6 +322,8 @@ async def test_damage_in_any_chunk_of_a_read_harms_no_other(
             file.write(b"\xa5")
     before = source.received_bytes
     async with fetchers(source) as fetcher:
+        assert fetcher.hit(2 * CHUNK, 2 * CHUNK) is None
+        assert fetcher.hit(len(image) - 1, 10) is None
         assert await read(fetcher, 0, len(image)) == image
         assert counters.damaged_chunks == 2
         assert source.received_bytes - before < 8 * CHUNK

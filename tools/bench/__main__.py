@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import boot, cached, link, nova_boot, scale
+from tools.bench import boot, cached, link, nova_boot, scale, verify
 from tools.bench.report import Report
 from tools.mount import ROOT
 
@@ -15,6 +15,7 @@ PARTS: dict[str, Callable[[Report, Path], None]] = {
     "link": link.run,
     "cached": cached.run,
     "scale": scale.run,
+    "verify": verify.run,
     "nova": nova_boot.run,
 }
 
@@ -24,7 +25,7 @@ def main() -> None:
     if unknown := set(names) - set(PARTS):
         sys.exit(f"no part named {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     report = Report()
-    scratch_root = ROOT / ".cache" / "bench"
+    scratch_root = (ROOT / ".cache" / "bench").resolve()  # the mount table has no links
     scratch_root.mkdir(parents=True, exist_ok=True)
     for name in names:
         scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=scratch_root))
