@@ -25,6 +25,7 @@ from dataclasses import replace
 
 from basefs import hardening
 from basefs.errors import BasefsError, MountError
+from basefs.keeper_log import set_up_log
 from basefs.keeper_predecessors import end_predecessors
 from basefs.keeper_session_store import Adopted, SessionStore, adopt_session
 from basefs.keeper_setup import CacheLock, open_lower_directory, tune_mount
@@ -375,12 +376,7 @@ class Keeper:
 
 def main() -> None:
     """Entry point of `python -m basefs.keeper`."""
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(name)s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-    )
+    set_up_log()
     hardening.forbid_core_files()
     keeper = Keeper(KeeperSpec(**json.loads(sys.argv[1])))
     try:

@@ -10,6 +10,8 @@ from oslo_config import cfg
 from oslo_log import log as oslo_log
 from oslo_utils import strutils
 
+from basefs.log_writer import LogWriter, write_in_background
+
 QUIET_LIBRARIES = [
     "keystoneauth=WARNING",
     "keystoneclient=WARNING",
@@ -25,14 +27,20 @@ LINE_FORMAT = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(name)s %(mess
 """The same for the server (here) and the keeper (which knows the standard library only)."""
 
 
-def set_up_logging(conf: cfg.ConfigOpts) -> None:
-    """Send the server's records where [DEFAULT] of the configuration says: a file, journald, syslog, else stderr."""
+def set_up_logging(conf: cfg.ConfigOpts) -> LogWriter:
+    """Send the server's records where [DEFAULT] of the configuration says: a file, journald, syslog, else stderr.
+
+    A file may be renamed or truncated by logrotate at any time: oslo.log looks at its name before each record.
+    """
     conf.set_default("default_log_levels", QUIET_LIBRARIES)
     for name in ("logging_context_format_string", "logging_default_format_string"):
         conf.set_default(name, LINE_FORMAT)
     conf.set_default("log_file", LOG_NAME if conf.log_dir else None)
     oslo_log.setup(conf, "basefs")
     mask_secrets(logging.getLogger())
+    # What cannot be written is lost; a traceback of that could not be written either.
+    logging.raiseExceptions = False
+    return write_in_background(logging.getLogger())
 
 
 def log_file_of(conf: cfg.ConfigOpts) -> Path | None:

@@ -7,7 +7,7 @@ Nothing here knows Prometheus, and nothing below the service knows metrics. `tak
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,6 +20,7 @@ from basefs.core.histogram import DurationHistogram
 from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
+from basefs.log_writer import LogWriter
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.metrics_table import Sample
 from basefs.sources.access import GlanceAccess
@@ -39,9 +40,15 @@ _NO_REFUSALS: dict[tuple[RequestKind, str], int] = {
 class RecordCounts(logging.Handler):
     """Counts the records of WARNING and above that pass, by level."""
 
-    def __init__(self) -> None:
+    def __init__(self, writers: Sequence[LogWriter]) -> None:
         super().__init__(logging.WARNING)
         self.counts: Counter[str] = Counter()
+        self._writers = writers
+
+    @property
+    def lost(self) -> int:
+        """Records that the log did not take."""
+        return sum(writer.lost for writer in self._writers)
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
@@ -50,7 +57,7 @@ class RecordCounts(logging.Handler):
 
 def count_records() -> RecordCounts:
     """The counts of what basefs logs from now on."""
-    counts = RecordCounts()
+    counts = RecordCounts([handler for handler in logging.getLogger().handlers if isinstance(handler, LogWriter)])
     logging.getLogger("basefs").addHandler(counts)
     return counts
 
@@ -100,6 +107,7 @@ class Metrics:
         yield "basefs_keeper_connected", (), float(parts.channel.is_connected)
         for level in ("warning", "error", "critical"):
             yield "basefs_log_records_total", (level,), parts.records.counts[level]
+        yield "basefs_log_records_lost_total", (), parts.records.lost
         yield "basefs_bugs_total", (), parts.operations.stats.bugs
         yield "basefs_loop_delay_seconds", (), self._loop_delay.copy()
 

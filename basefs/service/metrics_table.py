@@ -27,6 +27,7 @@ _SERVER = (
     Metric("basefs_server_start_info", "gauge", "Always 1; why this server was started.", ("reason", "last_death")),
     Metric("basefs_keeper_connected", "gauge", "1 while the keeper, which starts the next server, lives."),
     Metric("basefs_log_records_total", "counter", "Records of basefs of WARNING and above.", ("level",)),
+    Metric("basefs_log_records_lost_total", "counter", "Records that the log did not take."),
     Metric("basefs_bugs_total", "counter", "Exceptions that nobody foresaw; each left a traceback in the log."),
     Metric("basefs_loop_delay_seconds", "histogram", "How late a timer of the event loop comes, once a second."),
 )
