@@ -1,6 +1,6 @@
 """Random faults under random use of a real mount: every byte and every name right, no error but EIO in an outage.
 
-`BASEFS_MODEL_EXAMPLES=n` makes it the long form of the soak: n examples, other ones each time.
+`BASEFS_LONG_S=n` makes it the long form of the soak: n seconds or a little more, with other examples each time.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,8 +33,9 @@ from tools.mount import BasefsMount
 
 pytestmark = pytest.mark.mount
 
-LONG_EXAMPLES = int(os.environ.get("BASEFS_MODEL_EXAMPLES", "0"))
-EXAMPLES = LONG_EXAMPLES or 5
+LONG_S = float(os.environ.get("BASEFS_LONG_S", "0"))
+EXAMPLES = 5
+IMAGES_OF_THE_SHORT_FORM = 600
 STEPS = 45
 FAULTS_MAX = 3
 """Servers that an example may take away: each costs a second."""
@@ -373,7 +375,7 @@ def model(tmp_path: Path) -> Iterator[type[FaultsModel]]:
     with MisbehavingFront() as front:
         # More than the examples take: a failing one is run again and again to make it small.
         contents = [rng.randbytes(size) for size in SIZES]
-        count = len(SIZES) * (100 + 2 * EXAMPLES)
+        count = round(IMAGES_OF_THE_SHORT_FORM + LONG_S * 2)
         pool = iter([front.glance.add(contents[n % len(SIZES)], name=str(n)) for n in range(count)])
         with front_mount(front, tmp_path / "basefs", OPTIONS, MAY_LOG) as mount:
 
@@ -387,15 +389,19 @@ def model(tmp_path: Path) -> Iterator[type[FaultsModel]]:
 
 
 def test_no_fault_costs_a_byte_or_a_name(model: type[FaultsModel]) -> None:
-    run_state_machine_as_test(
-        model,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
-            derandomize=not LONG_EXAMPLES,
-            print_blob=True,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            database=None,
-        ),
-    )
+    until = time.monotonic() + LONG_S
+    while True:
+        run_state_machine_as_test(
+            model,
+            settings=settings(
+                max_examples=EXAMPLES,
+                stateful_step_count=STEPS,
+                derandomize=not LONG_S,
+                print_blob=True,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                database=None,
+            ),
+        )
+        if time.monotonic() >= until:
+            return
