@@ -18,6 +18,7 @@ import pytest
 from basefs.core.chunk_map import PAGE, SUMS_OFFSET, parse_header
 from basefs.keeper_setup import lock_holder
 from basefs.keeper_spec import KeeperSpec, command_line
+from basefs.service.server import STOP_LIMIT_S
 from tests.conftest import ExpectedWarnings, MountFactory
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
@@ -218,3 +219,25 @@ def test_a_server_killed_while_it_waits_for_glance_leaves_the_wait_to_the_next(
             release.set()
             reader.join()
     assert got == [data[2 * MIB :][:CHUNK]]
+
+
+def test_a_server_without_a_keeper_ends_soon_after_the_unmount_although_glance_hangs(
+    front: MisbehavingFront, basefs_mount: MountFactory
+) -> None:
+    image_id = front.glance.add(random.Random(9).randbytes(3 * MIB))
+    mount = basefs_mount(front.conf_lines())
+    path = mount.mountpoint / base_name(image_id)
+    path.stat()
+    front.on("/file").respond(answers.hang(threading.Event()))
+    asked = front.count("/file")
+    os.utime(path)  # warms it: a thread of the server is in a request that nobody answers
+    eventually(lambda: front.count("/file") > asked)
+    holder = lock_holder(mount.cache_dir)
+    assert holder is not None
+    kill(holder["keeper_pid"])
+    server = os.pidfd_open(holder["server_pid"])
+    try:
+        subprocess.run(["umount", str(mount.mountpoint)], check=True)
+        assert select.select([server], [], [], STOP_LIMIT_S + 3.0)[0]
+    finally:
+        os.close(server)
