@@ -60,7 +60,7 @@ BACKGROUND_RESERVE = 2
 """Request slots that background work leaves to readers."""
 GUEST_USERS = ("libvirt-qemu", "qemu")
 STOP_LIMIT_S = 5.0
-"""How long the end of the service may take before what hangs is left behind; a keeper, if there is one, waits as long."""
+"""How long the end of the service may take before what hangs is left behind; a keeper waits as long."""
 
 
 class Service:
