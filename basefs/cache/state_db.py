@@ -1,26 +1,31 @@
 """The state database: the catalog with its numbers and what happened to each image here, in sqlite.
 
-Invariants: one connection, one thread at a time; every change is one transaction, so `kill -9` loses at most
-the last second of touched local state; a number is stored before anybody sees it, and none is given out twice,
-not even when the database had to be begun anew (`numbers_from`).
+Three copies. The one in memory is what is asked and changed. Each change goes to the file in the same call, before
+anybody hears of it, so `kill -9` loses nothing that was `stored`. A third is in escrow, in memory that outlives the
+server: the next one begins with it where the file cannot be read in time, or is behind.
+
+Invariants: one change at a time, in memory and then in the file; a file that failed or was too slow is behind, and
+only a whole copy brings it up to date; a number is in the file or in escrow before anybody sees it, and none is given
+out twice, not even when the database had to be begun anew (`numbers_from`).
 """
 
-import dataclasses
 import json
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
 from basefs import errors
-from basefs.catalog.records import ImageEntry, ImageRecord, LocalState, Verdict, VerdictState
+from basefs.cache import state_rows
+from basefs.cache.state_file import StateFile
+from basefs.cache.state_rows import GENERATION, NEXT_NUMBER, RECORD_FIELDS, DamagedError, Statements
+from basefs.catalog.records import ImageEntry, ImageRecord
 from basefs.concurrency.threads import BlockingCalls
-from basefs.core.names import base_name_of
+from basefs.core.escrow import Escrow, HeldFd
 
 log = logging.getLogger(__name__)
 
@@ -28,46 +33,51 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 FLUSH_INTERVAL_S = 1.0
-FLUSH_RETRY_S = 5.0
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE image (
-    number INTEGER PRIMARY KEY,
-    image_id TEXT NOT NULL UNIQUE,
-    record TEXT NOT NULL,
-    verdict TEXT NOT NULL DEFAULT 'unchecked',
-    reason TEXT,
-    local TEXT NOT NULL DEFAULT '{}',
-    is_gone INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE TABLE value (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-"""
-_NEXT_NUMBER = "next_number"
-_DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT)
-"""SQLITE_ERROR: a table or column is not there."""
-_RECORD_FIELDS = tuple(field.name for field in dataclasses.fields(ImageRecord))
-_LOCAL_FIELDS = tuple(field.name for field in dataclasses.fields(LocalState))
+STORE_WAIT_S = 1.0
+"""What a change waits for the file; utime(2) and open(2) on the mount wait with it."""
+OPEN_WAIT_S = 2.0
+COPY_INTERVAL_S = 2.0
+COPY_RETRY_S = 5.0
+KEY = "state"
 
-
-class _DamagedError(Exception):
-    """The file is no state database of ours."""
+_VALUE = "INSERT OR REPLACE INTO value (key, value) VALUES (?, ?)"
+_LOCAL = "UPDATE image SET verdict = ?, reason = ?, local = ?, is_gone = ? WHERE number = ?"
+_RECORD = (
+    "INSERT INTO image (number, image_id, record) VALUES (?, ?, ?) "
+    "ON CONFLICT (number) DO UPDATE SET record = excluded.record"
+)
 
 
 class StateDatabase:
     """`CatalogStore` in one sqlite file. `open`, then `run` in the service nursery, `close` at the end."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, entries: list[ImageEntry], next_number: int) -> None:
-        self._path = path
-        self._db = connection
+    def __init__(
+        self,
+        file: StateFile,
+        copy: sqlite3.Connection,
+        entries: list[ImageEntry],
+        next_number: int,
+        escrow: Escrow | None,
+    ) -> None:
+        self._file = file
+        self._db = copy
         self._loaded = entries
         self._next_number = next_number
+        self._generation = state_rows.read_value(copy, GENERATION, 0)
+        self._escrow = escrow
         self._threads = BlockingCalls("state-db", threads_max=1)
+        self._file_turn = trio.CapacityLimiter(1)
+        self._changing = trio.Lock()
         self._dirty: dict[int, ImageEntry] = {}
         self._is_dirty = trio.Event()
-        self._is_failing = False
+        self._changed = trio.Event()
+        self._changed.set()
+        self._is_behind = False
 
     @classmethod
-    async def open(cls, path: Path, *, numbers_from: int) -> "StateDatabase":
+    async def open(
+        cls, path: Path, *, numbers_from: int, held: HeldFd | None = None, escrow: Escrow | None = None
+    ) -> "StateDatabase":
         """The database at `path`, made if it is not there.
 
         A damaged one, or one of another version, is set aside as `<name>.damaged-<n>` with one WARNING.
@@ -75,29 +85,42 @@ class StateDatabase:
         Args:
             path: The file; `-wal` and `-shm` stand beside it.
             numbers_from: Every number up to this one is taken: the highest that the cache directory knows of.
+            held: What a server before this one left in escrow, used where it is newer than the file, or the file
+                cannot be read within OPEN_WAIT_S. Its fd is ours.
+            escrow: Where a copy is left.
 
         Raises:
-            CacheError: the file cannot be opened or written.
+            CacheError: the file cannot be opened or written, and nothing is held.
         """
-        # A thread that only the start needs, before there is an object to own one.
-        return await trio.to_thread.run_sync(cls._open, path, numbers_from)
+        file = StateFile(path)
+        kept = None if held is None else await trio.to_thread.run_sync(_read_held, held)
+        problem = ""
+        try:
+            with trio.fail_after(OPEN_WAIT_S if kept else float("inf")):
+                # Abandoned in a thread that hangs with the disk, it changes nothing but the file's journal.
+                copy, entries = await trio.to_thread.run_sync(file.read, abandon_on_cancel=True)
+            if kept is not None and _generation(kept[0]) > _generation(copy):
+                (copy, entries), problem = kept, "is older than what the keeper kept"
+        except (DamagedError, sqlite3.Error, OSError, trio.TooSlowError) as exc:
+            if kept is None:
+                raise errors.CacheError(f"{path}: {exc}") from exc
+            problem = f"cannot be read: {exc}" if str(exc) else f"was not read within {OPEN_WAIT_S:g} s"
+            file, (copy, entries) = StateFile(path), kept
+        next_number = state_rows.read_value(copy, NEXT_NUMBER, 1)
+        numbers = (numbers_from + 1, next_number, *(entry.number + 1 for entry in entries))
+        database = cls(file, copy, entries, max(numbers), escrow)
+        if problem:
+            database._fell_behind(f"{path} {problem}")
+        return database
 
     async def run(self) -> None:
-        """Write what was touched, about once a second. Ends when it is cancelled; `close` writes the rest."""
-        while True:
-            await self._is_dirty.wait()
-            await trio.sleep(FLUSH_INTERVAL_S)
-            try:
+        """Write what was touched, about once a second, and keep the copies up to date. Ends when it is cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_copies)
+            while True:
+                await self._is_dirty.wait()
+                await trio.sleep(FLUSH_INTERVAL_S)
                 await self.flush()
-            except errors.CacheError as exc:
-                if not self._is_failing:
-                    self._is_failing = True
-                    log.warning("state of images cannot be stored, trying again: %s", exc)
-                await trio.sleep(FLUSH_RETRY_S)
-            else:
-                if self._is_failing:
-                    self._is_failing = False
-                    log.info("state of images is stored again")
 
     # --- CatalogStore --------------------------------------------------------------------------------
 
@@ -112,42 +135,135 @@ class StateDatabase:
 
     async def upsert(self, records: Sequence[ImageRecord], values: Mapping[str, str]) -> Mapping[str, int]:
         """See `CatalogStore`."""
-        return await self._run(self._upsert, records, values)
+        async with self._changing:
+            known = await self._run(self._numbers_of, records)
+            numbers, next_number = dict(known), self._next_number
+            for record in records:
+                if record.image_id not in numbers:
+                    numbers[record.image_id], next_number = next_number, next_number + 1
+            rows = [(numbers[record.image_id], record.image_id, _record_text(record)) for record in records]
+            stored = {**values, NEXT_NUMBER: str(next_number)}
+            self._next_number = next_number
+            await self._change([(_RECORD, rows), (_VALUE, list(stored.items()))])
+        return numbers
 
     def touch(self, entry: ImageEntry) -> None:
         """See `CatalogStore`."""
         self._dirty[entry.number] = entry
         self._is_dirty.set()
 
+    async def stored(self, entry: ImageEntry) -> None:
+        """See `CatalogStore`."""
+        self.touch(entry)
+        await self.flush()
+
     async def forget(self, number: int) -> None:
         """See `CatalogStore`."""
         self._dirty.pop(number, None)
-        await self._run(self._forget, number)
+        async with self._changing:
+            await self._change([("DELETE FROM image WHERE number = ?", [(number,)])])
 
     async def flush(self) -> None:
-        """Write now what was touched.
-
-        Raises:
-            CacheError: it was not written; it stays touched.
-        """
-        dirty, self._dirty = self._dirty, {}
-        if self._is_dirty.is_set():
-            self._is_dirty = trio.Event()
-        rows = [_local_row(entry) for entry in dirty.values()]
-        try:
-            await self._run(self._update, rows)
-        except BaseException:
-            for entry in dirty.values():
-                self.touch(entry)
-            raise
+        """Write now what was touched: a kill does not lose it then. Waits STORE_WAIT_S for a disk at most."""
+        async with self._changing:
+            dirty, self._dirty = self._dirty, {}
+            if self._is_dirty.is_set():
+                self._is_dirty = trio.Event()
+            if not dirty:
+                return
+            try:
+                await self._change([(_LOCAL, [state_rows.local_row(entry) for entry in dirty.values()])])
+            except BaseException:
+                for entry in dirty.values():
+                    self.touch(entry)
+                raise
 
     async def close(self) -> None:
         """Write what was touched and close the file. Never fails: what cannot be written is logged."""
-        try:
-            await self.flush()
-        except errors.CacheError as exc:
-            log.warning("state of images was not stored: %s", exc)
+        await self.flush()
+        if self._is_behind:
+            with trio.move_on_after(STORE_WAIT_S):
+                await self._catch_up()
+        await self._leave_copy()
+        with trio.move_on_after(STORE_WAIT_S):
+            await self._in_file(self._file.close)
         await self._threads.run(self._db.close)
+
+    # --- one change ----------------------------------------------------------------------------------
+
+    async def _change(self, statements: Statements) -> None:
+        """In memory, then in the file. The caller has the lock."""
+        generation = self._generation + 1
+        statements = [*statements, (_VALUE, [(GENERATION, str(generation))])]
+        await self._run(state_rows.run_statements, self._db, statements)
+        self._generation = generation
+        if not self._is_behind:
+            is_written = False
+            try:
+                with trio.fail_after(STORE_WAIT_S):
+                    await self._in_file(self._file.apply, statements)
+                is_written = True
+            except (sqlite3.Error, trio.TooSlowError) as exc:
+                self._fell_behind(f"{self._file.path}: {str(exc) or f'no answer within {STORE_WAIT_S:g} s'}")
+            finally:
+                # Cancelled, it may have been written or not.
+                self._is_behind = self._is_behind or not is_written
+        if self._is_behind:
+            await self._leave_copy()
+        self._changed.set()
+
+    async def _in_file(self, fn: Callable[[*Ts], None], *args: *Ts) -> None:
+        """`fn(*args)` on the file, when those before it have ended.
+
+        A caller that waited long enough leaves a thread that hangs with the disk behind: whatever that does to the
+        file later, a whole copy follows (`_is_behind`).
+        """
+        await trio.to_thread.run_sync(fn, *args, limiter=self._file_turn, abandon_on_cancel=True)
+
+    def _fell_behind(self, why: str) -> None:
+        self._is_behind = True
+        log.warning("state of images cannot be stored on the disk, trying again: %s", why)
+
+    # --- the copies ----------------------------------------------------------------------------------
+
+    async def _keep_copies(self) -> None:
+        """Ends when it is cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            await self._leave_copy()
+            await trio.sleep(COPY_RETRY_S if self._is_behind else COPY_INTERVAL_S)
+            if self._is_behind:
+                await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Bring the file up to date as a whole; it stays behind if that fails."""
+        async with self._changing:
+            generation, content = self._generation, await self._run(self._db.serialize)
+        try:
+            await self._in_file(self._file.replace, content)
+        except (sqlite3.Error, OSError) as exc:
+            log.debug("state of images is not stored yet: %s", exc)
+        else:
+            self._is_behind = generation != self._generation
+            if not self._is_behind:
+                log.info("state of images is stored on the disk again")
+        if self._is_behind:
+            self._changed.set()
+
+    async def _leave_copy(self) -> None:
+        """What is in memory now is in escrow."""
+        if self._escrow is None:
+            return
+        try:
+            fd = await self._threads.run(_memory_file, self._db)
+        except OSError as exc:
+            log.warning("no copy of the state of images can be left with the keeper: %s", exc)
+            return
+        try:
+            await self._escrow.hold(KEY, "", fd)
+        finally:
+            os.close(fd)
 
     # --- in a thread ---------------------------------------------------------------------------------
 
@@ -155,135 +271,52 @@ class StateDatabase:
         try:
             return await self._threads.run(fn, *args)
         except sqlite3.Error as exc:
-            raise errors.CacheError(f"{self._path}: {exc}") from exc
+            raise errors.CacheError(f"state database: {exc}") from exc
 
-    def _upsert(self, records: Sequence[ImageRecord], values: Mapping[str, str]) -> dict[str, int]:
-        numbers: dict[str, int] = {}
-        next_number = self._next_number
-        with _transaction(self._db):
-            for record in records:
-                found = self._db.execute("SELECT number FROM image WHERE image_id = ?", (record.image_id,)).fetchone()
-                text = json.dumps({name: getattr(record, name) for name in _RECORD_FIELDS})
-                if found is None:
-                    number, next_number = next_number, next_number + 1
-                    row = (number, record.image_id, text)
-                    self._db.execute("INSERT INTO image (number, image_id, record) VALUES (?, ?, ?)", row)
-                else:
-                    number = found[0]
-                    self._db.execute("UPDATE image SET record = ? WHERE number = ?", (text, number))
-                numbers[record.image_id] = number
-            stored = {**values, _NEXT_NUMBER: str(next_number)}
-            self._db.executemany("INSERT OR REPLACE INTO value (key, value) VALUES (?, ?)", stored.items())
-        self._next_number = next_number
-        return numbers
-
-    def _forget(self, number: int) -> None:
-        with _transaction(self._db):
-            self._db.execute("DELETE FROM image WHERE number = ?", (number,))
-
-    def _update(self, rows: list[tuple[Any, ...]]) -> None:
-        with _transaction(self._db):
-            self._db.executemany(
-                "UPDATE image SET verdict = ?, reason = ?, local = ?, is_gone = ? WHERE number = ?", rows
-            )
-
-    @classmethod
-    def _open(cls, path: Path, numbers_from: int) -> "StateDatabase":
-        try:
-            try:
-                return cls._read(path, numbers_from)
-            except _DamagedError as exc:
-                aside = _set_aside(path)
-                log.warning("%s is damaged and was set aside as %s, begun anew: %s", path, aside, exc)
-                return cls._read(path, numbers_from)
-        except (_DamagedError, sqlite3.Error, OSError) as exc:
-            raise errors.CacheError(f"{path}: {exc}") from exc
-
-    @classmethod
-    def _read(cls, path: Path, numbers_from: int) -> "StateDatabase":
-        """Open and read all.
-
-        Raises:
-            _DamagedError: it is no state database of ours.
-        """
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        try:
-            entries = _read_all(db)
-            stored = db.execute("SELECT value FROM value WHERE key = ?", (_NEXT_NUMBER,)).fetchone()
-            known = [numbers_from + 1, int(stored[0]) if stored else 1, *(entry.number + 1 for entry in entries)]
-        except BaseException as exc:
-            db.close()
-            if _is_damage(exc):
-                raise _DamagedError(str(exc)) from exc
-            raise
-        return cls(path, db, entries, max(known))
+    def _numbers_of(self, records: Sequence[ImageRecord]) -> dict[str, int]:
+        found = (
+            self._db.execute("SELECT image_id, number FROM image WHERE image_id = ?", (record.image_id,)).fetchone()
+            for record in records
+        )
+        return {row[0]: row[1] for row in found if row is not None}
 
 
-def _is_damage(exc: BaseException) -> bool:
-    if isinstance(exc, sqlite3.Error):
-        # Errors of the Python module itself, such as text that is no UTF-8, have no code.
-        return getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _DAMAGE_CODES
-    return isinstance(exc, LookupError | ValueError | TypeError | AttributeError)
+def _record_text(record: ImageRecord) -> str:
+    return json.dumps({name: getattr(record, name) for name in RECORD_FIELDS})
 
 
-def _read_all(db: sqlite3.Connection) -> list[ImageEntry]:
-    db.execute("PRAGMA journal_mode = WAL")
-    # In WAL mode a power cut may take the last transactions, never the file; `numbers_from` covers those.
-    db.execute("PRAGMA synchronous = NORMAL")
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if version == 0 and tables == 0:
-        db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
-    elif version != SCHEMA_VERSION:
-        raise ValueError(f"its version is {version}, ours is {SCHEMA_VERSION}")
-    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-    if found != "ok":
-        raise ValueError(found)
-    rows = db.execute("SELECT number, image_id, record, verdict, reason, local, is_gone FROM image ORDER BY number")
-    return [_entry_of(*row) for row in rows]
+def _generation(db: sqlite3.Connection) -> int:
+    return state_rows.read_value(db, GENERATION, 0)
 
 
-def _entry_of(
-    number: int, image_id: str, record: str, verdict: VerdictState, reason: str | None, local: str, is_gone: int
-) -> ImageEntry:
-    fields = json.loads(record)
-    if fields["image_id"] != image_id or number <= 0 or verdict not in ("unchecked", "servable", "refused"):
-        raise ValueError(f"image {number} is described wrongly")
-    return ImageEntry(
-        number=number,
-        base_name=base_name_of(image_id),
-        record=ImageRecord(**{name: fields.get(name) for name in _RECORD_FIELDS}),
-        verdict=Verdict(state=verdict, reason=reason),
-        local=LocalState(**{name: value for name, value in json.loads(local).items() if name in _LOCAL_FIELDS}),
-        is_gone=bool(is_gone),
-    )
-
-
-def _local_row(entry: ImageEntry) -> tuple[Any, ...]:
-    local = json.dumps({name: getattr(entry.local, name) for name in _LOCAL_FIELDS})
-    return entry.verdict.state, entry.verdict.reason, local, int(entry.is_gone), entry.number
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename the database and what stands beside it; the new name."""
-    attempt = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{attempt}")).exists():
-        attempt += 1
-    os.rename(path, aside)
-    for suffix in ("-wal", "-shm"):
-        with suppress(FileNotFoundError):
-            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
-    return aside
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All of the block, or nothing."""
-    db.execute("BEGIN IMMEDIATE")
+def _memory_file(db: sqlite3.Connection) -> int:
+    content = db.serialize()
+    fd = os.memfd_create("basefs-state", os.MFD_CLOEXEC)
     try:
-        yield
-        db.execute("COMMIT")
+        os.truncate(fd, len(content))
+        view = memoryview(content)
+        while view:
+            view = view[os.pwrite(fd, view, len(content) - len(view)) :]
     except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+        os.close(fd)
         raise
+    return fd
+
+
+def _read_held(held: HeldFd) -> tuple[sqlite3.Connection, list[ImageEntry]] | None:
+    """What was left in escrow; None if it cannot be read."""
+    try:
+        content = os.pread(held.fd, os.fstat(held.fd).st_size, 0)
+    finally:
+        os.close(held.fd)
+    copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    try:
+        copy.deserialize(content)
+        state_rows.prepare(copy)
+        return copy, state_rows.read_entries(copy)
+    except Exception as exc:
+        copy.close()
+        if not state_rows.is_damage(exc):
+            raise
+        log.warning("the state of images that the keeper kept is damaged: %s", exc)
+        return None

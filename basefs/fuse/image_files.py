@@ -1,7 +1,7 @@
 """Images as files: attributes, opens, reads, and what may be done to a name that is not really there.
 
 Invariants: a handle means the same to every server (`core/inodes.py`), so reads work on a handle that this
-server never gave out. `hits` holds, for handles in use, the function that answers a read at once; it is an
+server never gave out, and `opens` knows how many there are. `hits` holds, for handles in use, the function that answers a read at once; it is an
 accelerator and may be emptied at any time.
 """
 
@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import pyfuse3
@@ -21,6 +21,7 @@ from basefs.catalog.records import ImageEntry
 from basefs.core.inodes import image_handle, image_inode, image_of_handle
 from basefs.core.names import is_base_name
 from basefs.fuse.attributes import BLOCK_BYTES, new_attributes
+from basefs.fuse.open_table import OpenTable
 from basefs.handlers.base import Patience, TemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.report import image_state
@@ -54,15 +55,20 @@ class ImageFiles:
         gate: ServableGate,
         handler: TemplateImageHandler,
         settings: ImageFileSettings,
+        nursery: trio.Nursery,
+        opens: OpenTable,
         *,
-        changed: Callable[[ImageEntry], None],
+        stored: Callable[[ImageEntry], Awaitable[None]],
     ) -> None:
+        """`stored(entry)` returns when what changed of the entry outlives this server; removals run in `nursery`."""
         self._catalog = catalog
         self._gate = gate
         self._handler = handler
         self._settings = settings
-        self._changed = changed
-        self._remove_at_close: set[int] = set()
+        self._nursery = nursery
+        self._opens = opens
+        self._stored = stored
+        handler.restore_opens(opens.all_handles())
         self.hits: dict[int, Hit] = {}
 
     # --- names and attributes ---------------------------------------------------------------------------
@@ -135,7 +141,7 @@ class ImageFiles:
             attributes.entry_timeout = attributes.attr_timeout = 0.0
         return attributes
 
-    def set_attributes(
+    async def set_attributes(
         self, entry: ImageEntry, attributes: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields
     ) -> None:
         """Remember times, owner and mode. A utime on an image with no local state is nova's pre-cache call: warm it.
@@ -159,7 +165,7 @@ class ImageFiles:
                 local.used_at_ns = time.time_ns()
                 self._handler.warm(entry)
             local.mtime_ns = attributes.st_mtime_ns
-        self._changed(entry)
+        await self._stored(entry)
 
     def xattrs(self, entry: ImageEntry) -> dict[bytes, bytes]:
         """What `getfattr -d` shows."""
@@ -187,13 +193,15 @@ class ImageFiles:
             raise errors.ReadOnlyError(f"image {entry.image_id} is read-only")
         if not self._handler.open_handles(entry):
             await self._gate.let_through(entry, deadline_s=self._settings.lookup_deadline_s)
-        image = await self._handler.fetch_image(entry)
-        self._handler.opened(entry, image)
-        self._remove_at_close.discard(entry.number)
         if entry.local.used_at_ns is None:
             entry.local.used_at_ns = time.time_ns()
-            self._changed(entry)
-        handle = image_handle(entry.number, is_guest=self._is_guest(ctx))
+            await self._stored(entry)
+        image = await self._handler.fetch_image(entry)
+        is_guest = self._is_guest(ctx)
+        # Nothing is awaited from here to the answer (`OpenTable`).
+        if self._opens.opened(entry.number, is_guest=is_guest, thread_id=ctx.pid):
+            self._handler.opened(entry, image)
+        handle = image_handle(entry.number, is_guest=is_guest)
         self.hits[handle] = image.hit
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
@@ -217,7 +225,9 @@ class ImageFiles:
         image = await self._handler.fetch_image(entry)
         if self.hits.get(handle) != image.hit:
             # The handle is from an earlier server, or the image was closed since: make it known again.
-            self._handler.opened(entry, image)
+            if not self._opens.has(number, is_guest=is_guest):
+                self._opens.learned(number, is_guest=is_guest)
+                self._handler.opened(entry, image)
             self.hits[handle] = image.hit
         wanted = max(0, min(size, image.size - offset))
         data = await image.read(offset, size, self._settings.guest if is_guest else self._settings.other)
@@ -225,17 +235,32 @@ class ImageFiles:
             raise errors.InternalError(f"image {entry.image_id}: {len(data)} bytes for {wanted} at {offset}")
         return data
 
-    async def release(self, handle: int) -> None:
-        """One handle fewer; the last one of an unlinked image drops its local bytes."""
-        number, _ = self._of_handle(handle)
+    def release(self, handle: int) -> None:
+        """One handle fewer; after the last one of an unlinked image its local bytes are dropped.
+
+        Nothing is awaited before the answer (`OpenTable`), so what takes time comes after it.
+        """
+        number, is_guest = self._of_handle(handle)
         entry = self._catalog.by_number(number)
-        if entry is None:
+        if not self._opens.released(number, is_guest=is_guest) or entry is None:
             return
+        if not self._opens.has(number, is_guest=is_guest):
+            self.hits.pop(handle, None)
+        self._nursery.start_soon(self._released, entry)
+
+    async def _released(self, entry: ImageEntry) -> None:
+        """Ends soon; `_remove` bounds it."""
         await self._handler.released(entry)
-        if not self._handler.open_handles(entry):
-            for other in (False, True):
-                self.hits.pop(image_handle(number, is_guest=other), None)
-            if number in self._remove_at_close:
+        if not self._handler.open_handles(entry) and entry.number in self._opens.unlinked():
+            await self._remove(entry)
+
+    async def remove_left_over(self) -> None:
+        """Drop the bytes of unlinked images that a server was killed over at their last close. Once, at the start."""
+        for number in self._opens.unlinked():
+            entry = self._catalog.by_number(number)
+            if entry is None:
+                self._opens.set_unlinked(number, is_unlinked=False)
+            elif not self._handler.open_handles(entry):
                 await self._remove(entry)
 
     def _of_handle(self, handle: int) -> tuple[int, bool]:
@@ -250,14 +275,14 @@ class ImageFiles:
         """Drop the local bytes, now or at the last close. Never fails; the name stays, Glance keeps the image."""
         local = entry.local
         local.used_at_ns = local.mtime_ns = local.atime_ns = None
-        self._changed(entry)
+        await self._stored(entry)
         if self._handler.open_handles(entry):
-            self._remove_at_close.add(entry.number)
+            self._opens.set_unlinked(entry.number, is_unlinked=True)
         else:
             await self._remove(entry)
 
     async def _remove(self, entry: ImageEntry) -> None:
-        self._remove_at_close.discard(entry.number)
+        self._opens.set_unlinked(entry.number, is_unlinked=False)
         try:
             with trio.move_on_after(REMOVE_WAIT_S):
                 await self._handler.remove_image(entry)

@@ -218,7 +218,7 @@ class Operations(pyfuse3.Operations):
         number = inodes.image_number_of(inode)
         if number is not None:
             entry = self._images.entry_of(number)
-            self._images.set_attributes(entry, attr, fields)
+            await self._images.set_attributes(entry, attr, fields)
             return self._images.attributes(entry)
         if self._virtual.owns(inode):
             raise errors.ReadOnlyError(".basefs is read-only")
@@ -325,7 +325,7 @@ class Operations(pyfuse3.Operations):
         """The last opener of the handle is gone."""
         self.requests["release"] += 1
         if inodes.image_of_handle(fh) is not None:
-            await self._images.release(fh)
+            self._images.release(fh)
         elif self._virtual.owns_handle(fh):
             self._virtual.release(fh)
         else:

@@ -1,7 +1,7 @@
 """How a base image is prepared: the base class of the nova blueprint, `init`, `fetch_image`, `remove_image`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,8 +62,12 @@ class TemplateImageHandler(ABC):
         """One handle fewer. Never fails, also for a handle that an earlier server gave out."""
 
     @abstractmethod
+    def restore_opens(self, handles: Mapping[int, int]) -> None:
+        """Begin with these handles by image number: those that the servers before this one gave out."""
+
+    @abstractmethod
     def open_handles(self, entry: ImageEntry) -> int:
-        """Handles on the image that this server gave out or learned of."""
+        """Handles on the image, of this and of earlier servers."""
 
     @abstractmethod
     async def remove_image(self, entry: ImageEntry) -> int:

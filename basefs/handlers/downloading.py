@@ -6,6 +6,8 @@ IDLE_IMAGES_MAX are closed.
 """
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import trio
@@ -35,7 +37,6 @@ class DownloadedImage:
         self._view = StoredView(fetcher)
         self.size = self._view.size
         self.hit = self._view.hit
-        self.opens = 0
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes:
         """See `PreparedImage.read`."""
@@ -52,6 +53,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._chunk_bytes = chunk_bytes
         self._services = services
         self._images: dict[int, DownloadedImage] = {}  # in order of last use
+        self._opens: Counter[int] = Counter()
         self._opening: SingleFlight[int, None] = SingleFlight(services.nursery)
         self._removals: SingleFlight[int, int] = SingleFlight(services.nursery)
         self._removing: dict[int, trio.Event] = {}
@@ -106,23 +108,26 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         """See the base class. `image` is the last `fetch_image` gave for this entry, with no await since."""
         ours = self._images.pop(entry.number)
         assert ours is image, "an image was opened that is not the prepared one"
-        ours.opens += 1
         self._images[entry.number] = ours
+        self._opens[entry.number] += 1
 
     async def released(self, entry: ImageEntry) -> None:
         """See the base class. Closes the images that were not used for longest."""
-        image = self._images.get(entry.number)
-        if image is not None and image.opens:
-            image.opens -= 1
+        self._opens[entry.number] -= 1
+        if self._opens[entry.number] <= 0:
+            del self._opens[entry.number]
         await self._close_idle()
+
+    def restore_opens(self, handles: Mapping[int, int]) -> None:
+        """See the base class."""
+        self._opens = Counter(handles)
 
     def open_handles(self, entry: ImageEntry) -> int:
         """See the base class."""
-        image = self._images.get(entry.number)
-        return image.opens if image is not None else 0
+        return self._opens.get(entry.number, 0)
 
     async def _close_idle(self) -> None:
-        idle = [n for n, image in self._images.items() if not image.opens and not image.fetcher.is_busy]
+        idle = [n for n, image in self._images.items() if n not in self._opens and not image.fetcher.is_busy]
         for number in idle[: max(0, len(idle) - IDLE_IMAGES_MAX)]:
             await self._images.pop(number).fetcher.close()
 
