@@ -153,7 +153,7 @@ class StateDatabase:
         self._is_dirty.set()
 
     async def stored(self, entry: ImageEntry) -> None:
-        """See `CatalogStore`."""
+        """Return when what changed of the entry's verdict or local state outlives this server; see `flush`."""
         self.touch(entry)
         await self.flush()
 
@@ -309,14 +309,10 @@ def _read_held(held: HeldFd) -> tuple[sqlite3.Connection, list[ImageEntry]] | No
         content = os.pread(held.fd, os.fstat(held.fd).st_size, 0)
     finally:
         os.close(held.fd)
-    copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     try:
-        copy.deserialize(content)
+        copy = state_rows.in_memory(content)
         state_rows.prepare(copy)
         return copy, state_rows.read_entries(copy)
-    except Exception as exc:
-        copy.close()
-        if not state_rows.is_damage(exc):
-            raise
+    except (sqlite3.Error, LookupError, ValueError, TypeError, AttributeError) as exc:
         log.warning("the state of images that the keeper kept is damaged: %s", exc)
         return None

@@ -52,9 +52,8 @@ class StateFile:
         It is opened anew: a connection that saw an error may go on seeing it.
         """
         self.close()
-        copy = sqlite3.connect(":memory:")
+        copy = state_rows.in_memory(content)
         try:
-            copy.deserialize(content)
             try:
                 self._db = self._connect()
                 copy.backup(self._db)

@@ -26,6 +26,8 @@ CREATE TABLE value (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 NEXT_NUMBER = "next_number"
 GENERATION = "generation"
 """The value that counts transactions: of two copies of the database the one with more is the newer."""
+_MODE_AT = 18
+_NO_WAL = b"\1\1"
 _DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT)
 """SQLITE_ERROR: a table or column is not there."""
 RECORD_FIELDS = tuple(field.name for field in dataclasses.fields(ImageRecord))
@@ -91,6 +93,18 @@ def local_row(entry: ImageEntry) -> tuple[Any, ...]:
     """What UPDATE_LOCAL takes."""
     local = json.dumps({name: getattr(entry.local, name) for name in _LOCAL_FIELDS})
     return entry.verdict.state, entry.verdict.reason, local, int(entry.is_gone), entry.number
+
+
+def in_memory(content: bytes) -> sqlite3.Connection:
+    """A database in memory with what `Connection.serialize` gave. sqlite3.Error: it is none."""
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    try:
+        # A copy of a file in WAL mode says that it is one, and nothing in memory can be opened as such.
+        db.deserialize(content[:_MODE_AT] + _NO_WAL + content[_MODE_AT + len(_NO_WAL) :])
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def read_value(db: sqlite3.Connection, key: str, default: int) -> int:

@@ -1,8 +1,8 @@
 """Images as files: attributes, opens, reads, and what may be done to a name that is not really there.
 
 Invariants: a handle means the same to every server (`core/inodes.py`), so reads work on a handle that this
-server never gave out, and `opens` knows how many there are. `hits` holds, for handles in use, the function that answers a read at once; it is an
-accelerator and may be emptied at any time.
+server never gave out, and `opens` knows how many there are. `hits` holds, for handles in use, the function that
+answers a read at once; it is an accelerator and may be emptied at any time.
 """
 
 import logging
@@ -282,10 +282,11 @@ class ImageFiles:
             await self._remove(entry)
 
     async def _remove(self, entry: ImageEntry) -> None:
-        self._opens.set_unlinked(entry.number, is_unlinked=False)
         try:
             with trio.move_on_after(REMOVE_WAIT_S):
                 await self._handler.remove_image(entry)
         except errors.CacheError as exc:
             # What stays is right still, and found again by its checksums; nova would log an error for ever.
             log.warning("image %s: its local bytes were not removed: %s", entry.image_id, exc)
+        if not self._handler.open_handles(entry):
+            self._opens.set_unlinked(entry.number, is_unlinked=False)

@@ -15,9 +15,7 @@ import os
 import pwd
 import random
 import threading
-import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import trio
 from oslo_config import cfg
@@ -31,17 +29,16 @@ from basefs.concurrency.threads import BlockingCalls
 from basefs.config import Settings
 from basefs.config.listen import listen_address
 from basefs.control.listener import ControlListener
-from basefs.core.inodes import first_other_handle, image_number_of
 from basefs.fuse.directories import Directories
 from basefs.fuse.image_files import ImageFiles, ImageFileSettings
 from basefs.fuse.lower import LowerTree
-from basefs.fuse.lower_files import HELD_PREFIX as LOWER_PREFIX
 from basefs.fuse.operations import Operations
 from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.service.arguments import Arguments, option_texts
+from basefs.service.inherited import open_database, open_lower_tree, open_open_table
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.session import serve_session
@@ -53,7 +50,6 @@ from basefs.sources.metadata import GlanceMetadata
 log = logging.getLogger(__name__)
 
 DISK_THREADS_MAX = 16
-LOWER_THREADS_MAX = 16
 STREAMS_MAX = 8
 """Images that come as one stream at a time; apart from `fetch_threads_max`, for a stream takes minutes."""
 BACKGROUND_RESERVE = 2
@@ -79,15 +75,8 @@ class Service:
         Raises:
             BasefsError: the service could not begin.
         """
-        numbers_from = await trio.to_thread.run_sync(_highest_number, self._chunks_dir)
-        database = await StateDatabase.open(self._settings.cache_dir / "state.sqlite", numbers_from=numbers_from)
-        lower = LowerTree(
-            self._arguments.lower_fd,
-            BlockingCalls("lower", threads_max=LOWER_THREADS_MAX),
-            self._channel,
-            first_handle=first_other_handle(time.clock_gettime_ns(time.CLOCK_BOOTTIME)),
-        )
-        await lower.restore(self._channel.take(LOWER_PREFIX))
+        database = await open_database(self._settings.cache_dir, self._channel)
+        lower = await open_lower_tree(self._arguments.lower_fd, self._channel)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(database.run)
@@ -136,7 +125,9 @@ class Service:
             check_deadline_s=settings.lookup_deadline_s,
             counters=counters,
         )
-        images = ImageFiles(catalog, gate, handler, self._file_settings(), changed=catalog.touch)
+        opens = await open_open_table(self._channel)
+        images = ImageFiles(catalog, gate, handler, self._file_settings(), nursery, opens, stored=database.stored)
+        nursery.start_soon(images.remove_left_over)
         virtual = VirtualTree(catalog, images, view.status, view.report)
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
@@ -194,8 +185,13 @@ class Service:
             outage=self._access.endpoints.outage,
         )
         handler = DownloadingTemplateImageHandler(self._chunks_dir, settings.chunk_bytes, services)
-        await handler.init()
-        await handler.remove_unknown({entry.number for entry in catalog.entries()})
+        known = {entry.number for entry in catalog.entries()}
+        if self._channel.begun.get("reason", "first") == "first":
+            await handler.init()
+            await handler.remove_unknown(known)
+        else:
+            # The mount waits, and a cache disk that fails or hangs by now is no reason not to serve.
+            nursery.start_soon(_tidy_cache, handler, known)
         return handler
 
     def _file_settings(self) -> ImageFileSettings:
@@ -209,6 +205,15 @@ class Service:
             owner_uid=lower.st_uid,
             owner_gid=lower.st_gid,
         )
+
+
+async def _tidy_cache(handler: DownloadingTemplateImageHandler, known_numbers: set[int]) -> None:
+    """Ends when the cache disk has answered."""
+    try:
+        await handler.init()
+        await handler.remove_unknown(known_numbers)
+    except (errors.CacheError, OSError) as exc:
+        log.warning("the cache directory was not tidied up: %s", exc)
 
 
 async def _serve_commands(view: View, listener: ControlListener) -> None:
@@ -228,7 +233,7 @@ def _import_control_server() -> Callable[[View, ControlListener], Awaitable[None
 def _end_by(limit_s: float) -> None:
     """End the process after `limit_s`, whatever hangs: a thread inside a request cannot be stopped.
 
-    What it may cost is the last second of the state database; chunks are complete or not there at any moment.
+    What it may cost is the last second of counts in the state database; chunks are complete or not there at any moment.
     """
     timer = threading.Timer(limit_s, os._exit, [0])
     timer.daemon = True
@@ -243,16 +248,6 @@ def _uid_of(user: str) -> int | None:
         return pwd.getpwnam(user).pw_uid
     except KeyError:
         return None
-
-
-def _highest_number(chunks_dir: Path) -> int:
-    """The highest image number that a chunk file was ever made for: it must not be given to another image."""
-    try:
-        names = os.listdir(chunks_dir)
-    except OSError:
-        return 0
-    numbers = [image_number_of(int(stem)) for stem, _, _ in (name.partition(".") for name in names) if stem.isdecimal()]
-    return max((number for number in numbers if number is not None), default=0)
 
 
 async def serve(
