@@ -281,7 +281,7 @@ class Operations(pyfuse3.Operations):
         if number is not None:
             return await self._images.open_image(self._images.entry_of(number), flags, ctx)
         if self._virtual.owns(inode):
-            return self._virtual.open(inode, flags)
+            return await self._virtual.open(inode, flags)
         return self._lower_file(await self._lower.open(inode, flags))
 
     @edge
@@ -327,7 +327,7 @@ class Operations(pyfuse3.Operations):
         if inodes.image_of_handle(fh) is not None:
             self._images.release(fh)
         elif self._virtual.owns_handle(fh):
-            self._virtual.release(fh)
+            await self._virtual.release(fh)
         else:
             await self._lower.release(fh)
 

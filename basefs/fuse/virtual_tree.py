@@ -1,22 +1,26 @@
 """The read-only folder `.basefs`: `status.json`, `by-id/<image id>` links, `images/<image id>.json`.
 
 Contents are made when they are read and handed to the kernel with direct_io, so that `cat` sees the present;
-a file is rendered once per open, so that one reader sees one state.
+a file is rendered once per open, so that one reader sees one state. What is open is left in escrow, so that the reader
+goes on with that state when the server dies.
 """
 
+import contextlib
 import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyfuse3
+import trio
 
 from basefs import errors
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.core import inodes
+from basefs.core.escrow import Escrow, HeldFd
 from basefs.fuse.attributes import new_attributes
 from basefs.fuse.image_files import ImageFiles
 
@@ -24,6 +28,8 @@ BASEFS_NAME = b".basefs"
 _DIRECTORIES = (inodes.BASEFS_DIR, inodes.BY_ID_DIR, inodes.IMAGES_DIR)
 _FIXED = {b"by-id": inodes.BY_ID_DIR, b"images": inodes.IMAGES_DIR, b"status.json": inodes.STATUS_FILE}
 _JSON_SUFFIX = ".json"
+HELD_PREFIX = "virtual/"
+"""Keys are `virtual/<handle>`."""
 
 Entry = tuple[bytes, pyfuse3.EntryAttributes]
 
@@ -37,14 +43,23 @@ class VirtualTree:
         images: ImageFiles,
         status: Callable[[], dict[str, Any]],
         report: Callable[[ImageEntry], dict[str, Any]],
+        escrow: Escrow,
     ) -> None:
         self._catalog = catalog
         self._images = images
         self._status = status
         self._report = report
         self._started_ns = time.time_ns()
+        self._escrow = escrow
         self._contents: dict[int, bytes] = {}
         self._next_handle = 1
+
+    def restore(self, held: Sequence[HeldFd]) -> None:
+        """Goes on with the open files of the server before, whose fds are ours from here."""
+        for one in held:
+            with os.fdopen(one.fd, "rb") as file:
+                file.seek(0)
+                self._contents[int(one.key.removeprefix(HELD_PREFIX))] = file.read()
 
     def owns(self, inode: int) -> bool:
         """Whether the inode is one of this tree's."""
@@ -134,7 +149,7 @@ class VirtualTree:
             raise errors.NoSuchEntryError(f"inode {inode} is no file of .basefs")
         return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
-    def open(self, inode: int, flags: int) -> pyfuse3.FileInfo:
+    async def open(self, inode: int, flags: int) -> pyfuse3.FileInfo:
         """A handle on the contents as of now.
 
         Raises:
@@ -143,10 +158,19 @@ class VirtualTree:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise errors.ReadOnlyError(".basefs is read-only")
         content = self._render(inode)
-        handle = inode << 16 | self._next_handle
+        while (handle := inode << 16 | self._next_handle) in self._contents:
+            self._next_handle = self._next_handle % 0xFFFF + 1
         self._next_handle = self._next_handle % 0xFFFF + 1
         self._contents[handle] = content
+        # Without an fd for it the next server renders anew, which is better than no status.
+        with contextlib.suppress(OSError), trio.CancelScope(shield=True):
+            await self._leave(handle, content)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=True)
+
+    async def _leave(self, handle: int, content: bytes) -> None:
+        with os.fdopen(os.memfd_create("basefs-file", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+            file.write(content)
+            await self._escrow.hold(f"{HELD_PREFIX}{handle}", "", file.fileno())
 
     def owns_handle(self, handle: int) -> bool:
         """Whether the handle is one of this tree's, of this or an earlier server."""
@@ -159,6 +183,8 @@ class VirtualTree:
             content = self._contents[handle] = self._render(handle >> 16)
         return content[offset : offset + size]
 
-    def release(self, handle: int) -> None:
+    async def release(self, handle: int) -> None:
         """The reader is done."""
         self._contents.pop(handle, None)
+        with trio.CancelScope(shield=True):
+            await self._escrow.drop(f"{HELD_PREFIX}{handle}")

@@ -33,6 +33,7 @@ from basefs.fuse.directories import Directories
 from basefs.fuse.image_files import ImageFiles, ImageFileSettings
 from basefs.fuse.lower import LowerTree
 from basefs.fuse.operations import Operations
+from basefs.fuse.virtual_tree import HELD_PREFIX as VIRTUAL_PREFIX
 from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
@@ -128,7 +129,8 @@ class Service:
         opens = await open_open_table(self._channel)
         images = ImageFiles(catalog, gate, handler, self._file_settings(), nursery, opens, stored=database.stored)
         nursery.start_soon(images.remove_left_over)
-        virtual = VirtualTree(catalog, images, view.status, view.report)
+        virtual = VirtualTree(catalog, images, view.status, view.report, self._channel)
+        virtual.restore(self._channel.take(VIRTUAL_PREFIX))
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
         metrics = Metrics(
