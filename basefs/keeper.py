@@ -7,8 +7,8 @@ Invariants:
 - After the first `ready` the mount is taken away only by somebody's unmount, ours at SIGTERM included, and never
   while a file on it is open.
 - Nothing here opens, stats or lists the mount point once it is mounted: our own server would have to answer.
-
 - A session that systemd kept for us is one that has served: it is never taken away because we fail.
+- One loop waits for everything (`_wait`); nothing else here waits for a server, a client or a disk.
 
 `python -m basefs.keeper SPEC` with SPEC = the JSON of a `KeeperSpec`; exit code 0 when the mount was ended as asked,
 1 when there is or was none to serve, 75 when it waits, mounted, for the next keeper (SIGUSR1).
@@ -22,27 +22,25 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 from basefs import hardening
 from basefs.errors import BasefsError, MountError
+from basefs.keeper_crew import Crew, SessionEndedError
 from basefs.keeper_log import set_up_log
 from basefs.keeper_predecessors import end_predecessors
+from basefs.keeper_requests import Request, RequestSocket
 from basefs.keeper_session_store import Adopted, SessionStore, adopt_session
 from basefs.keeper_setup import CacheLock, open_lower_directory, tune_mount
-from basefs.keeper_spec import KeeperSpec
+from basefs.keeper_spec import KeeperSpec, request_socket_of
 from basefs.keeper_wakeups import Wakeups
-from basefs.kernel_session import INIT_BYTES_MAX, KernelSession
-from basefs.server_process import ServerProcess, describe_exit
+from basefs.kernel_session import KernelSession
+from basefs.server_process import ServerProcess
 from basefs.service_manager import tell_systemd
 
 log = logging.getLogger("basefs.keeper")
 
-BACKOFF_FIRST_S = 0.1
-BACKOFF_MAX_S = 5.0
-STEADY_S = 10.0
-"""A server that lived that long starts the back-off anew."""
-SERVER_END_S = 5.0
-"""What a server has to end by itself once its session is over."""
+KIB = 1024
 DETACHED_POLL_S = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PARK_SIGNAL = signal.SIGUSR1
@@ -50,20 +48,8 @@ PARK_SIGNAL = signal.SIGUSR1
 PARKED_EXIT_CODE = 75
 
 
-class _ServerFailedError(BasefsError):
-    """A server did not come to serve; the message says why."""
-
-
-class _SessionEndedError(BasefsError):
-    """The FUSE session is over, so there is nothing left to serve."""
-
-
 class _ParkedError(BasefsError):
     """We make way; the mount waits for the next one, which systemd starts and gives our fds."""
-
-
-def _failed(message: dict[str, object]) -> _ServerFailedError:
-    return _ServerFailedError(str(message.get("error", "the server failed without saying why")))
 
 
 class Keeper:
@@ -71,13 +57,14 @@ class Keeper:
 
     def __init__(self, spec: KeeperSpec) -> None:
         self._spec = spec
-        self._session: KernelSession | None = None
-        self._is_serving = False
-        self._is_detached = False
-        self._last_failure = ""
-        self._wakeups = Wakeups((*STOP_SIGNALS, signal.SIGHUP, PARK_SIGNAL))
+        self._session = KernelSession(spec.mountpoint)
         self._store = SessionStore()
-        self._server_oom_score = 0
+        self._is_detached = False
+        self._has_answered = False
+        self._tuned: tuple[int, int] | None = None
+        self._requests: RequestSocket | None = None
+        self._wakeups = Wakeups((*STOP_SIGNALS, signal.SIGHUP, PARK_SIGNAL))
+        self._crew: Crew
 
     def run(self) -> int:
         """Mount, or adopt the session that systemd kept; serve; the exit code once the mount was ended as asked.
@@ -88,17 +75,26 @@ class Keeper:
         self._store, adopted = adopt_session()
         if adopted is not None:
             self._adopt(adopted)
-        self._server_oom_score = hardening.never_kill_me()
+        oom_score = hardening.never_kill_me()
         spec = self._spec
         lock_fd = -1 if adopted is None else adopted.lock_fd
         with CacheLock(spec.cache_dir, spec.mountpoint, lock_fd) as lock:
             lower_fd = open_lower_directory(spec.mountpoint) if adopted is None else adopted.lower_fd
             hardening.lock_memory()
             try:
-                self._serve(lower_fd, lock)
-            except _ServerFailedError as exc:
-                raise MountError(str(exc)) from None
+                self._crew = Crew(
+                    spec,
+                    self._session,
+                    self._store.held,
+                    lock,
+                    lower_fd=lower_fd,
+                    oom_score=oom_score,
+                    ready=self._on_ready,
+                )
+                self._to_store = {"lower": lower_fd, "lock": lock.fd}
+                self._serve(is_adopted=adopted is not None)
             except _ParkedError:
+                self._crew.stop()
                 log.info("%s stays mounted for the next keeper; ending", spec.mountpoint)
                 return PARKED_EXIT_CODE
             finally:
@@ -114,219 +110,129 @@ class Keeper:
                 saved.mountpoint,
                 saved.cache_dir,
             )
-        self._spec = replace(self._spec, mountpoint=saved.mountpoint, cache_dir=saved.cache_dir)
+        view = str(saved.fixed.get("view", self._spec.view))
+        self._spec = replace(self._spec, mountpoint=saved.mountpoint, cache_dir=saved.cache_dir, view=view)
         self._session = adopted.session
-        self._is_serving = True
         self._is_detached = not adopted.session.is_mounted()
         log.info("going on with the mount on %s, which systemd kept", saved.mountpoint)
         # Names and reads wait from now on and do not fail: that is what our unit is ordered before others for.
         tell_systemd("READY=1")
         end_predecessors(adopted.lock_fd)
 
-    # --- servers, one after the other ---------------------------------------------------------------
-
-    def _serve(self, lower_fd: int, lock: CacheLock) -> None:
-        self._to_store = {"lower": lower_fd, "lock": lock.fd}
-        backoff_s = BACKOFF_FIRST_S
+    def _serve(self, *, is_adopted: bool) -> None:
+        crew = self._crew
         try:
+            if is_adopted:
+                crew.is_serving = True
+                self._open_requests()
+            crew.start("adopted" if is_adopted else "first")
             while True:
-                started_at_s = time.monotonic()
-                try:
-                    self._run_server(lower_fd, lock)
-                except (_ServerFailedError, MountError) as exc:
-                    if not self._is_serving:
-                        raise
-                    self._log_failure(str(exc))
-                if time.monotonic() - started_at_s > STEADY_S:
-                    backoff_s = BACKOFF_FIRST_S
-                self._wait(backoff_s)
-                backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
-        except _SessionEndedError:
+                self._wait()
+                crew.on_time()
+        except MountError:
+            crew.servers.end_all(grace_s=0.0)
+            self._store.clear()
+            self._session.abandon()
+            raise
+        except SessionEndedError:
+            crew.end()
             self._finish()
         finally:
-            if not self._is_serving and self._session is not None:
-                self._store.clear()
-                self._session.abandon()
-
-    def _run_server(self, lower_fd: int, lock: CacheLock) -> None:
-        """One server from its start to its end. Any other exception than these is a bug, and leaves it serving.
-
-        Raises:
-            _ServerFailedError, MountError: It did not come to serve.
-            _SessionEndedError: Nothing is left to serve.
-        """
-        try:
-            server = self._start(lower_fd, lock)
-        except OSError as exc:
-            raise _ServerFailedError(f"cannot start {self._spec.server_command[0]}: {exc.strerror}") from None
-        try:
-            self._hand_over(server)
-            self._became_ready(server)
-            self._wait_for_end(server)
-        except (_ServerFailedError, _SessionEndedError, _ParkedError, MountError):
-            self._reap(server)
-            raise
-        except OSError as exc:
-            self._reap(server)
-            raise _ServerFailedError(f"handing over to server {server.pid}: {exc}") from None
-        self._reap(server)
-
-    def _start(self, lower_fd: int, lock: CacheLock) -> ServerProcess:
-        spec = self._spec
-        arguments = {
-            "keeper_pid": os.getpid(),
-            "config_files": spec.config_files,
-            "config_dirs": spec.config_dirs,
-        }
-        server = ServerProcess(spec.server_command, arguments, lower_fd=lower_fd, lock_fd=lock.fd)
-        hardening.set_oom_score(server.pid, self._server_oom_score)
-        # A full disk must not keep a mount without a server.
-        with contextlib.suppress(OSError):
-            lock.note_server(server.pid)
-        return server
-
-    def _hand_over(self, server: ServerProcess) -> None:
-        """Bring the server to `ready` (docs/DESIGN.md, section 1), within `start_deadline_s`."""
-        deadline = time.monotonic() + self._spec.start_deadline_s
-        self._expect(server, "prepared", deadline)
-        is_first = self._session is None
-        if self._session is None:
-            self._session = KernelSession(self._spec.mountpoint)
-            self._session.mount()
-        session = self._session
-        server.send({"type": "serve"}, [session.fd])
-        answer = self._play_init(server, session, deadline)
-        if is_first:
-            session.answer_init(answer)
-            self._store.save(session, self._to_store, cache_dir=self._spec.cache_dir, fixed={})
-        else:
-            session.resend()
-        server.send({"type": "switch"})
-        self._expect(server, "ready", deadline)
-
-    def _play_init(self, server: ServerProcess, session: KernelSession, deadline: float) -> bytes:
-        """The server's answer to the kernel's FUSE_INIT, asked over the session socket."""
-        try:
-            server.session.send(session.init_request)
-            self._wait_for_fd(server, server.session.fileno(), "the answer to FUSE_INIT", deadline)
-            answer = server.session.recv(INIT_BYTES_MAX)
-        except (BrokenPipeError, ConnectionResetError):
-            answer = b""
-        if not answer:
-            raise self._premature_end(server, "the answer to FUSE_INIT")
-        return answer
-
-    def _expect(self, server: ServerProcess, wanted: str, deadline: float) -> None:
-        """Wait for the message `wanted`; a `failed`, an end or a late server is a _ServerFailedError."""
-        self._wait_for_fd(server, server.control.fileno(), wanted, deadline)
-        message = server.receive()
-        if message is None:
-            raise self._premature_end(server, wanted)
-        if message.get("type") == "failed":
-            raise _failed(message)
-        if message.get("type") != wanted:
-            raise _ServerFailedError(f"the server said {message.get('type')!r} instead of {wanted!r}")
-
-    def _wait_for_fd(self, server: ServerProcess, fd: int, what: str, deadline: float) -> None:
-        """Wait until `fd` is readable. What it holds is read before the server's end is looked at."""
-        while True:
-            rest_s = deadline - time.monotonic()
-            ready = self._poll([fd, server.pidfd], rest_s)
-            if fd in ready:
-                return
-            if server.pidfd in ready:
-                raise self._premature_end(server, what)
-            if rest_s <= 0:
-                raise _ServerFailedError(f"the server hangs: no {what} within {self._spec.start_deadline_s:g} s")
-
-    def _premature_end(self, server: ServerProcess, before: str) -> _ServerFailedError:
-        """The error for a server that closed its sockets or ended, in its own words if it left some."""
-        exit_code = server.wait(limit_s=SERVER_END_S)
-        while (message := server.receive()) is not None:
-            if message.get("type") == "failed":
-                return _failed(message)
-        return _ServerFailedError(f"the server ended ({describe_exit(exit_code)}) before {before!r}")
-
-    def _became_ready(self, server: ServerProcess) -> None:
-        assert self._session is not None
-        if self._is_serving:
-            log.info("server %d serves %s again", server.pid, self._spec.mountpoint)
-        else:
-            self._is_serving = True
-            tune_mount(self._session.entry, self._spec.read_ahead_kib, self._spec.max_background)
-            log.info("server %d serves %s", server.pid, self._spec.mountpoint)
-            self._answer_background({"ready": True, "keeper_pid": os.getpid(), "server_pid": server.pid})
-            tell_systemd("READY=1")
-        self._last_failure = ""
-        tell_systemd(f"STATUS=serving {self._spec.mountpoint}, server {server.pid}")
-
-    def _wait_for_end(self, server: ServerProcess) -> None:
-        """Returns when the server died and its session goes on."""
-        while server.pidfd not in self._poll([server.pidfd], None):
-            pass
-        exit_code = server.wait(limit_s=SERVER_END_S)
-        self._check_session()
-        log.error("server %d died (%s); starting another", server.pid, describe_exit(exit_code))
-        tell_systemd(f"STATUS=server died ({describe_exit(exit_code)}), starting another")
-
-    def _reap(self, server: ServerProcess) -> None:
-        """No server is left running beside the next one, nor after the mount."""
-        is_over = self._is_serving and self._session is not None and self._session.has_ended()
-        server.wait(limit_s=SERVER_END_S) if is_over else server.end(grace_s=SERVER_END_S)
-        server.close()
-
-    def _log_failure(self, text: str) -> None:
-        if self._is_serving and text != self._last_failure:
-            log.error("%s; trying again", text)
-            self._last_failure = text
+            if self._requests is not None:
+                self._requests.close()
 
     # --- waiting --------------------------------------------------------------------------------------
 
-    def _poll(self, fds: list[int], limit_s: float | None) -> set[int]:
-        """Those of `fds` that are readable; empty after `limit_s`, or after a signal or a change of mounts.
+    def _wait(self) -> None:
+        """Wait until something happens, and deal with it.
 
         Raises:
-            _SessionEndedError: Meanwhile the session ended.
-            _ServerFailedError: A signal asked to stop before anything was served.
+            SessionEndedError: Meanwhile the session ended.
+            MountError: The first server failed, or a signal asked to stop before anything was served.
         """
-        # A lazily unmounted session ends at its last close, which no fd tells: look again and again.
-        if self._is_detached:
-            limit_s = DETACHED_POLL_S if limit_s is None else min(limit_s, DETACHED_POLL_S)
-        woken = self._wakeups.wait(fds, limit_s)
+        crew, requests = self._crew, self._requests
+        fds = crew.servers.fds() + (requests.fds() if requests is not None else [])
+        woken = self._wakeups.wait(fds, self._limit_s())
         if woken.signals:
             self._on_signals(woken.signals)
-        if self._is_serving and (woken.mounts_changed or self._is_detached):
+        if crew.is_serving and (woken.mounts_changed or self._is_detached):
             self._on_mounts_changed()
-        return woken.ready
+        for happening in crew.servers.handle(woken.ready):
+            crew.on(happening)
+        if requests is not None:
+            for request in requests.handle(woken.ready):
+                self._on_request(request)
 
-    def _wait(self, limit_s: float) -> None:
-        """Let `limit_s` pass, unless the session ends."""
-        end = time.monotonic() + limit_s
-        while (rest_s := end - time.monotonic()) > 0:
-            self._check_session()
-            self._poll([], rest_s)
+    def _limit_s(self) -> float | None:
+        now_s = time.monotonic()
+        times = [self._crew.due_s(), self._requests.due_s() if self._requests is not None else None]
+        # A lazily unmounted session ends at its last close, which no fd tells: look again and again.
+        times.append(now_s + DETACHED_POLL_S if self._is_detached else None)
+        first_s = min((time_s for time_s in times if time_s is not None), default=None)
+        return None if first_s is None else max(0.0, first_s - now_s)
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGHUP in numbers:
-            log.warning("SIGHUP: this version does not reload its configuration; unmount and mount again")
+            self._crew.upgrade(_log_upgrade)
         if not any(number in numbers for number in (*STOP_SIGNALS, PARK_SIGNAL)):
             return
-        if not self._is_serving:
-            raise _ServerFailedError("stopped by a signal before it served")
+        if not self._crew.is_serving:
+            raise MountError("stopped by a signal before it served")
         self._try_unmount(may_park=PARK_SIGNAL in numbers and self._store.is_stored)
 
-    def _check_session(self) -> None:
-        """Raise _SessionEndedError once the session is over."""
-        assert self._session is not None
-        if self._session.has_ended():
-            raise _SessionEndedError
-
     def _on_mounts_changed(self) -> None:
-        assert self._session is not None
-        self._check_session()
+        self._crew.check_session()
         if not self._is_detached and not self._session.is_mounted():
             self._is_detached = True
             log.info("%s was unmounted lazily; serving until its last file is closed", self._spec.mountpoint)
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def _on_request(self, request: Request) -> None:
+        if request.kind == "status":
+            request.answer(self._status())
+        elif request.kind == "upgrade":
+            self._crew.upgrade(request.answer)
+        else:
+            request.answer({"error": f"the keeper knows no request {request.kind!r}"})
+
+    def _status(self) -> dict[str, Any]:
+        status = {"mountpoint": self._spec.mountpoint, **self._crew.status(), "keeper_pid": os.getpid()}
+        return status | {"state": "detached"} if self._is_detached else status
+
+    # --- serving ----------------------------------------------------------------------------------------
+
+    def _on_ready(self, server: ServerProcess, is_first: bool) -> None:
+        mountpoint = self._spec.mountpoint
+        self._tune()
+        if is_first:
+            log.info("server %d serves %s", server.pid, mountpoint)
+            fixed = {"view": self._spec.view}
+            self._store.save(self._session, self._to_store, cache_dir=self._spec.cache_dir, fixed=fixed)
+            self._open_requests()
+            self._answer_background({"ready": True, "keeper_pid": os.getpid(), "server_pid": server.pid})
+            tell_systemd("READY=1")
+        else:
+            log.info("server %d serves %s again", server.pid, mountpoint)
+        tell_systemd(f"STATUS=serving {mountpoint}, server {server.pid}")
+
+    def _tune(self) -> None:
+        """Give the mount the readahead and the background requests that the serving server's configuration says."""
+        spec, crew = self._spec, self._crew
+        read_ahead_kib = int(crew.option("read_ahead_bytes", spec.read_ahead_kib * KIB)) // KIB
+        wanted = (read_ahead_kib, int(crew.option("max_background", spec.max_background)))
+        if wanted != self._tuned:
+            self._tuned = wanted
+            tune_mount(self._session.entry, *wanted)
+
+    def _open_requests(self) -> None:
+        path = request_socket_of(self._spec.control_socket)
+        if not path:
+            return
+        try:
+            self._requests = RequestSocket(path)
+        except OSError as exc:
+            log.warning("no status or upgrade over %s: %s", path, exc.strerror)
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -336,7 +242,6 @@ class Keeper:
         Raises:
             _ParkedError: With `may_park`, if the mount is in use.
         """
-        assert self._session is not None
         mountpoint = self._spec.mountpoint
         tell_systemd("STOPPING=1")
         try:
@@ -347,11 +252,10 @@ class Keeper:
             log.warning("not stopped, serving on: %s", exc)
             tell_systemd(f"READY=1\nSTATUS=serving {mountpoint}; a stop was refused: {exc}")
             return
-        self._check_session()
+        self._crew.check_session()
 
     def _finish(self) -> None:
         """After the end of the session: nothing is left on the mount point."""
-        assert self._session is not None
         self._store.clear()
         if self._session.is_mounted():
             self._session.abandon()
@@ -361,8 +265,9 @@ class Keeper:
 
     def _answer_background(self, answer: dict[str, object]) -> None:
         """Tell the waiting `basefs mount --background`, once."""
-        if self._spec.ready_fd is None:
+        if self._spec.ready_fd is None or self._has_answered:
             return
+        self._has_answered = True
         with contextlib.suppress(OSError):
             os.write(self._spec.ready_fd, json.dumps(answer).encode())
             os.close(self._spec.ready_fd)
@@ -370,14 +275,30 @@ class Keeper:
     def fail(self, text: str) -> None:
         """Report why there is no mount: on the pipe of `--background`, else on stderr."""
         log.error("%s", text)
-        if not self._is_serving:
-            self._answer_background({"ready": False, "error": text})
+        self._answer_background({"ready": False, "error": text})
+
+
+def _log_upgrade(answer: dict[str, Any]) -> None:
+    """The answer to a SIGHUP, which has nobody to be given to."""
+    if answer.get("upgraded"):
+        log.info("upgrade: %s", json.dumps(answer))
+    else:
+        log.warning("upgrade: %s", answer.get("error"))
+
+
+def _keep_fds_to_ourselves() -> None:
+    """No server inherits what we were started with, such as the pipe of `--background` or what systemd stored."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > sys.stderr.fileno():
+            with contextlib.suppress(OSError):
+                os.set_inheritable(int(name), False)
 
 
 def main() -> None:
     """Entry point of `python -m basefs.keeper`."""
     set_up_log()
     hardening.forbid_core_files()
+    _keep_fds_to_ourselves()
     keeper = Keeper(KeeperSpec(**json.loads(sys.argv[1])))
     try:
         sys.exit(keeper.run())

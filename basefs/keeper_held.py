@@ -96,6 +96,11 @@ class HeldFds:
             self._let_go(entry)
             self._told.clear()
 
+    def fd_of(self, key: str) -> int | None:
+        """The fd that is held under the key; it stays ours."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.fd
+
     def send_to(self, server: Receiver) -> None:
         """Give the server a copy of everything: `held` datagrams of at most 100 fds each, none if nothing is held."""
         for batch in self._batches():

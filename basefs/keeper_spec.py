@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 from basefs.processes import KEEPER_MODULE
 
+REQUEST_SOCKET_SUFFIX = ".keeper"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperSpec:
@@ -15,9 +17,14 @@ class KeeperSpec:
     cache_dir: str
     config_files: list[str]
     config_dirs: list[str]
+    view: str = "raw"
+    control_socket: str = ""
+    """The server's; ours is beside it. None is made where this is empty."""
     read_ahead_kib: int = 1024
     max_background: int = 1024
     start_deadline_s: float = 60.0
+    watchdog_s: float = 20.0
+    upgrade_deadline_s: float = 30.0
     ready_fd: int | None = None
     server_command: list[str] = field(default_factory=lambda: [sys.executable, "-P", "-m", "basefs.service"])
 
@@ -25,3 +32,8 @@ class KeeperSpec:
 def command_line(spec: KeeperSpec) -> list[str]:
     """The program to run, or to become, for a keeper of that spec."""
     return [sys.executable, "-P", "-m", KEEPER_MODULE, json.dumps(asdict(spec))]
+
+
+def request_socket_of(control_socket: str) -> str:
+    """The path of the keeper's own socket, beside the server's; empty where the server's is."""
+    return control_socket and control_socket + REQUEST_SOCKET_SUFFIX

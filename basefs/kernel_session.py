@@ -27,12 +27,15 @@ class KernelSession:
         self.mountpoint = mountpoint
         self._resend_works = True
         self.fd = -1
+        self.is_answered = False
+        """Whether the kernel has had its answer to FUSE_INIT."""
 
     @classmethod
     def of_another_keeper(cls, mountpoint: str, fd: int, entry: mounts.Mount, init_request: bytes) -> Self:
         """The session that an earlier keeper began and whose FUSE_INIT it has answered."""
         session = cls(mountpoint)
         session.fd, session.entry, session.init_request = fd, entry, init_request
+        session.is_answered = True
         return session
 
     def mount(self) -> None:
@@ -63,6 +66,7 @@ class KernelSession:
         """
         try:
             os.write(self.fd, mounts.tuned_init_answer(answer))
+            self.is_answered = True
         except OSError as exc:
             raise MountError(f"the kernel does not take the answer to FUSE_INIT: {exc.strerror}") from None
 

@@ -49,9 +49,13 @@ class Mount(BasefsCommand):
             cache_dir=str(settings.cache_dir),
             config_files=[_absolute(path) for path in options.config_file],
             config_dirs=[_absolute(path) for path in options.config_dir],
+            view=settings.view,
+            control_socket=str(settings.control_socket),
             read_ahead_kib=settings.read_ahead_bytes // 1024,
             max_background=settings.max_background,
             start_deadline_s=START_DEADLINE_S,
+            watchdog_s=settings.watchdog_s,
+            upgrade_deadline_s=settings.upgrade_deadline_s,
         )
         if parsed_args.background:
             from basefs.observability import log_file_of

@@ -161,7 +161,26 @@ _OPERATIONS = [
     ),
 ]
 
-BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES, *_OPERATIONS]
+_REPLACING = [
+    cfg.FloatOpt(
+        "watchdog_s",
+        default=20.0,
+        min=2.0,
+        max=3600.0,
+        help="Seconds without an answer to the keeper's pings after which a server hangs: it is killed, and the next "
+        "one takes over what waits.",
+    ),
+    cfg.FloatOpt(
+        "upgrade_deadline_s",
+        default=30.0,
+        min=1.0,
+        max=600.0,
+        help="Seconds that a new server has at an upgrade to import and to read its configuration; the old one serves "
+        "meanwhile, and serves on if they do not suffice.",
+    ),
+]
+
+BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES, *_OPERATIONS, *_REPLACING]
 
 
 def glance_common_opts() -> list[cfg.Opt]:

@@ -34,3 +34,5 @@ class Settings:
     guest_io_deadline_s: float
     other_io_deadline_s: float
     metrics_listen: str
+    watchdog_s: float
+    upgrade_deadline_s: float

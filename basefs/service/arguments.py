@@ -1,7 +1,7 @@
 """What a server is started with, and what of its configuration cannot change while the mount stays."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from basefs.config import Settings
 
@@ -17,7 +17,13 @@ class Arguments:
     keeper_pid: int
     config_files: list[str]
     config_dirs: list[str]
-    fixed: dict[str, str] | None = None
+    config_fd: int | None = None
+    """The text of the last configuration that worked, for when the files are not usable any more."""
+    config_failure: str = ""
+    """What servers failed with again and again under the files of now: they are not to be used."""
+    is_standby: bool = False
+    """Nobody waits for `loaded`: everything is imported before it."""
+    fixed: dict[str, str] = field(default_factory=dict)
     """Options by name that cannot change while it is mounted, as they were then; empty at the first start."""
 
 

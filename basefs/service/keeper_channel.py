@@ -126,13 +126,18 @@ class KeeperChannel:
             raise errors.MountError(f"the keeper said {message.get('type')!r} where {kind!r} was due")
         return fds
 
-    async def begin(self, *, version: str, options: dict[str, str], not_applied: list[str]) -> bool:
+    async def begin(
+        self, *, version: str, options: dict[str, str], not_applied: list[str], config_error: str = ""
+    ) -> bool:
         """Say `loaded` and wait for our turn, as a standby for long. False: we are not needed, stop.
+
+        `config_error` is why the configuration in force is not that of the files.
 
         Raises:
             MountError: the keeper is gone, or said something else.
         """
-        self.send({"type": "loaded", "version": version, "options": options, "not_applied": not_applied})
+        loaded = {"version": version, "options": options, "not_applied": not_applied, "config_error": config_error}
+        self.send({"type": "loaded", **loaded})
         while True:
             message, fds = await self.receive()
             if message.get("type") == "held":

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Awaitable, Callable
 
 import trio
-from oslo_config import cfg
 
 from basefs import errors
 from basefs.cache.fetch_services import FetchCounters, FetchServices
@@ -38,10 +37,13 @@ from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
-from basefs.service.arguments import Arguments, option_texts
+from basefs.service import last_config
+from basefs.service.arguments import Arguments, option_texts, with_fixed
 from basefs.service.inherited import open_database, open_lower_tree, open_open_table
 from basefs.service.keeper_channel import KeeperChannel
+from basefs.service.last_config import Loaded
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
+from basefs.service.process import outlive_keeper
 from basefs.service.session import serve_session
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
@@ -63,11 +65,12 @@ STOP_LIMIT_S = 5.0
 class Service:
     """One server's objects. `run` once."""
 
-    def __init__(self, arguments: Arguments, conf: cfg.ConfigOpts, settings: Settings, channel: KeeperChannel) -> None:
+    def __init__(self, arguments: Arguments, loaded: Loaded, settings: Settings, channel: KeeperChannel) -> None:
         self._arguments = arguments
+        self._loaded = loaded
         self._settings = settings
         self._channel = channel
-        self._access: GlanceAccess = open_glance(conf, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        self._access: GlanceAccess = open_glance(loaded.conf, threads_max=settings.fetch_threads_max + STREAMS_MAX)
         self._chunks_dir = settings.cache_dir / "chunks"
 
     async def run(self) -> None:
@@ -161,6 +164,7 @@ class Service:
                 )
                 view.state = "serving"
                 log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
+                await last_config.keep(self._channel, self._loaded)
                 nursery.start_soon(_serve_commands, view, listener)
                 nursery.start_soon(run_metrics, metrics, listen_address(settings.metrics_listen))
         finally:
@@ -252,23 +256,26 @@ def _uid_of(user: str) -> int | None:
         return None
 
 
-async def serve(
-    arguments: Arguments, conf: cfg.ConfigOpts, settings: Settings, channel: KeeperChannel, not_applied: list[str]
-) -> None:
+async def serve(arguments: Arguments, loaded: Loaded, channel: KeeperChannel) -> None:
     """Wait for our turn, then serve the mount that the keeper `arguments` come from, until it is gone.
 
-    Returns also when the keeper says `stop`. `not_applied`: options that cannot change while it is mounted.
+    Returns also when the keeper says `stop`.
 
     Raises:
         BasefsError: the service could not begin; the keeper was told.
     """
     try:
-        service = Service(arguments, conf, settings, channel)
+        settings, not_applied = with_fixed(loaded.settings, arguments.fixed)
+        service = Service(arguments, loaded, settings, channel)
+        if arguments.is_standby:
+            _import_control_server()
+            gc.collect()
+            gc.freeze()
         version = importlib.metadata.version("basefs")
-        # A keeper without `fixed` does not know `loaded` yet.
-        if arguments.fixed is None or await channel.begin(
-            version=version, options=option_texts(settings), not_applied=not_applied
+        if await channel.begin(
+            version=version, options=option_texts(settings), not_applied=not_applied, config_error=loaded.error
         ):
+            outlive_keeper()
             await service.run()
     except* errors.BasefsError as group:
         error = _first(group)

@@ -93,7 +93,15 @@ class Mounting:
         self.mode_path.write_text(json.dumps(mode))
 
     def server_pids(self) -> list[int]:
-        path = Path(f"{self.mode_path}.pids")
+        """Servers that came to serve, in order."""
+        return self._pids("serving")
+
+    def started_pids(self) -> list[int]:
+        """Every server that was started, standbys too."""
+        return self._pids("pids")
+
+    def _pids(self, what: str) -> list[int]:
+        path = Path(f"{self.mode_path}.{what}")
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
     def is_mounted(self) -> bool:
@@ -121,6 +129,6 @@ def mounting(tmp_path: Path) -> Iterator[Mounting]:
             mounts.unmount(mountpoint, is_lazy=True)
         for keeper in mounting.keepers:
             keeper.clean_up()
-        for pid in mounting.server_pids():
+        for pid in mounting.started_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

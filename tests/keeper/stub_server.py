@@ -1,7 +1,8 @@
 """A server for keeper tests: shows one file, `img`, and does what the file `config_files[0]` says.
 
-The mode file holds JSON: `{"at": <step>, "do": "exit" | "fail" | "hang"}` or `{}`. Steps: start, serve, switch.
-Every start appends its pid to `<mode file>.pids`.
+The mode file holds JSON: `{"at": <step>, "do": "exit" | "fail" | "hang"}` or `{}`. Steps: start, begin, serve, switch,
+ready. With `"by": <version>` only servers of that version do it; the version is the second argument of the command.
+Every start appends its pid to `<mode file>.pids`, every server that serves to `<mode file>.serving`.
 """
 
 import errno
@@ -44,7 +45,8 @@ class OneFile(pyfuse3.Operations):
         return CONTENT[offset : offset + size]
 
 
-arguments = json.loads(sys.argv[1])
+arguments = json.loads(sys.argv[-1])
+VERSION = sys.argv[1] if len(sys.argv) > 2 else "1"
 mode_path = arguments["config_files"][0]
 control = socket.socket(fileno=arguments["keeper_fd"])
 
@@ -52,7 +54,7 @@ control = socket.socket(fileno=arguments["keeper_fd"])
 def step(name: str) -> None:
     with open(mode_path, encoding="utf-8") as file:
         mode = json.load(file)
-    if mode.get("at") != name:
+    if mode.get("at") != name or mode.get("by", VERSION) != VERSION:
         return
     if mode["do"] == "exit":
         os._exit(3)
@@ -62,8 +64,8 @@ def step(name: str) -> None:
     os._exit(1)
 
 
-def tell(kind: str) -> None:
-    control.send(json.dumps({"type": kind}).encode())
+def tell(kind: str, **more: object) -> None:
+    control.send(json.dumps({"type": kind, **more}).encode())
 
 
 async def hear(wanted: str) -> list[int]:
@@ -75,8 +77,42 @@ async def hear(wanted: str) -> list[int]:
     return fds
 
 
+async def wait_for_begin() -> None:
+    while True:
+        await trio.lowlevel.wait_readable(control.fileno())
+        data, fds, _, _ = socket.recv_fds(control, 65536, 253)
+        if not data:
+            os._exit(4)
+        note("heard", data.decode())
+        for fd in fds:
+            os.close(fd)
+        if json.loads(data)["type"] == "begin":
+            return
+
+
+async def obey() -> None:
+    while True:
+        await trio.lowlevel.wait_readable(control.fileno())
+        data = control.recv(65536)
+        if not data:
+            await trio.sleep_forever()
+        message = json.loads(data)
+        if message["type"] == "ping":
+            tell("pong", n=message["n"])
+        elif message["type"] == "stop":
+            os._exit(0)
+
+
+def options() -> dict[str, str]:
+    with open(mode_path, encoding="utf-8") as file:
+        return json.load(file).get("options", {})
+
+
 async def run() -> None:
     step("start")
+    tell("loaded", version=VERSION, options=options(), not_applied=[])
+    await wait_for_begin()
+    step("begin")
     tell("prepared")
     (fuse_fd,) = await hear("serve")
     step("serve")
@@ -88,12 +124,21 @@ async def run() -> None:
     step("switch")
     os.dup2(fuse_fd, arguments["session_fd"])
     os.close(fuse_fd)
+    note("serving", str(os.getpid()))
     tell("ready")
-    await pyfuse3.main()
+    step("ready")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(obey)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
 
 
-with open(mode_path + ".pids", "a", encoding="utf-8") as pids:
-    pids.write(f"{os.getpid()}\n")
+def note(what: str, text: str) -> None:
+    with open(f"{mode_path}.{what}", "a", encoding="utf-8") as file:
+        file.write(f"{text}\n")
+
+
+note("pids", str(os.getpid()))
 pyfuse3.init(OneFile(), f"/dev/fd/{arguments['session_fd']}", set())
 try:
     trio.run(run)

@@ -155,7 +155,7 @@ def test_a_later_server_that_fails_is_tried_again_and_logged_once(mounting):
 
 
 def _wait_for_starts(mounting, count: int) -> None:
-    while len(mounting.server_pids()) < count:
+    while len(mounting.started_pids()) < count:
         pidfd = os.pidfd_open(mounting.keepers[0].process.pid)
         try:
             assert not select.select([pidfd], [], [], 0.05)[0], "the keeper ended"
@@ -208,10 +208,13 @@ def test_a_stop_while_a_file_is_open_is_refused_and_logged(mounting):
     assert not processes.is_running(mounting.server_pids()[-1])
 
 
-def test_sighup_changes_nothing(mounting):
+def test_sighup_replaces_the_server(mounting):
     keeper = mounting.start_ready()
     keeper.process.send_signal(signal.SIGHUP)
-    keeper.wait_for_log("SIGHUP")
+    keeper.wait_for_log("upgrade: {")
+    first, second = mounting.server_pids()
+    assert not processes.is_running(first)
+    assert lock_holder(mounting.spec.cache_dir)["server_pid"] == second
     assert (mounting.mountpoint / "img").read_bytes() == CONTENT
 
 
