@@ -70,7 +70,13 @@ async def test_a_loaded_server_waits_for_its_turn_and_collects_what_is_held(keep
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server)
         await trio.testing.wait_all_tasks_blocked()
-        loaded = {"type": "loaded", "version": "1", "options": {"view": "raw"}, "not_applied": ["x"], "config_error": ""}
+        loaded = {
+            "type": "loaded",
+            "version": "1",
+            "options": {"view": "raw"},
+            "not_applied": ["x"],
+            "config_error": "",
+        }
         assert keeper.hear() == (loaded, [])
         keeper.say({"type": "held", "items": [["lower/7", "w"], ["opens", ""]]}, first, second)
         keeper.say({"type": "held", "items": [["lower/9", "r"]]}, second)
