@@ -44,14 +44,13 @@ def lock_memory() -> None:
 
 def never_kill_me() -> int:
     """Take this process out of the kernel's choice when memory runs out; what its servers are to have."""
+    with open("/proc/self/oom_score_adj", encoding="ascii") as file:
+        inherited = int(file.read())
     try:
-        with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
-            inherited = int(file.read())
-            file.seek(0)
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write(str(OOM_NEVER))
     except OSError as exc:
         log.info("not protected when memory runs out: %s", exc.strerror)
-        return 0
     return max(inherited, SERVER_OOM_MIN)
 
 

@@ -75,6 +75,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def command_of(pid: int) -> list[str]:
+    """The process's arguments; none if it is gone."""
+    try:
+        return [argument.decode("utf-8", "replace") for argument in _argv(pid)]
+    except OSError:
+        return []
+
+
 def json_argument(pid: int) -> dict[str, Any] | None:
     """The last argument of the process if it is a JSON object, as that of every keeper and server is."""
     try:

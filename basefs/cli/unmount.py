@@ -11,6 +11,7 @@ from pathlib import Path
 
 from basefs import mounts, processes
 from basefs.cli.common import BasefsCommand, say_error
+from basefs.cli.systemd_stop import make_way_for_restart
 from basefs.errors import MountError
 from basefs.keeper_setup import FUSECTL, lock_holder
 
@@ -30,11 +31,20 @@ class Unmount(BasefsCommand):
             action="store_true",
             help="detach the mount although files on it are open; they are served until they are closed",
         )
+        parser.add_argument(
+            "--for-systemd",
+            metavar="UNIT",
+            help="for ExecStop= in the unit: if systemd restarts it, keep a mount that is in use for the next start",
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Returns when the mount is gone and, unless its files are still in use, keeper and server are, too."""
+        # Read before anything is stopped: with a configuration that stops the next start, nothing makes way for it.
         mountpoint = self.settings.mountpoint
+        if parsed_args.for_systemd is not None:
+            make_way_for_restart(parsed_args.for_systemd)
+            return
         mount = _our_mount(mountpoint)
         pids = _pids_behind(mountpoint, self.settings.cache_dir)
         users = processes.users_of(mount) if parsed_args.lazy else []
