@@ -31,6 +31,14 @@ def forbid_core_files() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def keep_files_private() -> None:
+    """What this process and its children make is its user's alone, whatever umask they were started with.
+
+    Files of the lower directory are not concerned: they get their mode explicitly.
+    """
+    os.umask(0o077)
+
+
 def lock_memory() -> None:
     """No page of ours is ever waited for: not swapped out, not dropped. To be called when everything is imported."""
     gc.collect()

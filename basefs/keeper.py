@@ -299,6 +299,7 @@ def main() -> None:
     set_up_log()
     hardening.forbid_core_files()
     _keep_fds_to_ourselves()
+    hardening.keep_files_private()
     keeper = Keeper(KeeperSpec(**json.loads(sys.argv[1])))
     try:
         sys.exit(keeper.run())

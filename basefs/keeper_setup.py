@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import stat
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +41,7 @@ class CacheLock:
             return self
         try:
             os.makedirs(self._cache_dir, mode=0o700, exist_ok=True)
+            _make_private(self._cache_dir)
             self.fd = os.open(os.path.join(self._cache_dir, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._take()
             self.write(server_pid=None)
@@ -92,6 +94,20 @@ class CacheLock:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _make_private(cache_dir: str) -> None:
+    """Close the directory to others: it holds the bytes of every tenant's images.
+
+    Raises:
+        MountError: It is another user's, who could open it again, or put other bytes there.
+    """
+    status = os.stat(cache_dir)
+    if status.st_uid != os.geteuid():
+        raise MountError(f"cache_dir {cache_dir} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: chown it")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        os.chmod(cache_dir, 0o700)
+        log.info("cache_dir %s had the mode %o and is closed to others now", cache_dir, stat.S_IMODE(status.st_mode))
 
 
 def lock_holder(cache_dir: str | os.PathLike[str]) -> dict[str, Any] | None:

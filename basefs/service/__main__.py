@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from basefs.hardening import forbid_core_files
+from basefs.hardening import forbid_core_files, keep_files_private
 from basefs.service import process
 
 
@@ -18,6 +18,7 @@ def _import_main() -> Callable[[], int]:
 if __name__ == "__main__":
     process.die_with_keeper()
     forbid_core_files()
+    keep_files_private()
     code = _import_main()()
     # A thread that hangs in a request cannot be stopped and must not keep the process.
     logging.shutdown()
