@@ -139,6 +139,10 @@ class Metrics:
         yield "basefs_glance_received_bytes_total", (), parts.source.received_bytes
         if parts.access.contact.reachable is not None:
             yield "basefs_glance_reachable", (), float(parts.access.contact.reachable)
+        endpoints = parts.access.endpoints
+        for endpoint, report in endpoints.report().items():
+            yield "basefs_endpoint_away", (endpoint,), float(report["state"] == "away")
+        yield "basefs_outage", (), float(endpoints.outage.is_on)
         if parts.catalog.refreshed_at is not None:
             yield "basefs_catalog_refreshed_timestamp_seconds", (), parts.catalog.refreshed_at
 

@@ -39,7 +39,7 @@ FIRES: dict[str, dict[str, str]] = {
     "BasefsReadsHang": {f"basefs_hung_reads{{{NODE}}}": "3x240"},
     "BasefsAnsweredEio": {f'basefs_fuse_errors_total{{{NODE},operation="read",errno="EIO"}}': "0x10 1x240"},
     "BasefsBug": {f"basefs_bugs_total{{{NODE}}}": "0x10 1x240"},
-    "BasefsGlanceAway": {f"basefs_glance_reachable{{{NODE}}}": "0x240"},
+    "BasefsGlanceAway": {f'basefs_endpoint_away{{{NODE},endpoint="glance"}}': "1x240"},
     "BasefsGlanceRefuses": {f'basefs_glance_requests_total{{{NODE},kind="auth",status="401"}}': "0+1x240"},
     "BasefsGlanceSlow": HISTOGRAM_SLOW,
     "BasefsCatalogOld": {f"basefs_catalog_refreshed_timestamp_seconds{{{NODE}}}": "0x240"},
@@ -56,7 +56,7 @@ QUIET = {
     f'basefs_fuse_errors_total{{{NODE},operation="read",errno="EIO"}}': "3x300",
     f'basefs_fuse_errors_total{{{NODE},operation="lookup",errno="ENOENT"}}': "0+9x300",
     f"basefs_bugs_total{{{NODE}}}": "0x300",
-    f"basefs_glance_reachable{{{NODE}}}": "1x60 0x4 1x240",  # Glance was restarted
+    f'basefs_endpoint_away{{{NODE},endpoint="glance"}}': "0x60 1x4 0x240",  # Glance was restarted
     f'basefs_glance_requests_total{{{NODE},kind="range",status="206"}}': "0+50x300",
     f'basefs_glance_requests_total{{{NODE},kind="auth",status="401"}}': "0x300",
     f'basefs_glance_request_duration_seconds_bucket{{{NODE},kind="range",le="1"}}': "0+50x300",

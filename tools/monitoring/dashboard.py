@@ -31,7 +31,7 @@ def _quantile(quantile: str, label: str, series: str) -> str:
 
 STATS = (
     Panel(title="Serving", queries=(("min(basefs_serving{@})", ""),), kind="stat"),
-    Panel(title="Glance reachable", queries=(("min(basefs_glance_reachable{@})", ""),), kind="stat"),
+    Panel(title="Glance, Keystone away", queries=(("sum(basefs_endpoint_away{@})", ""),), kind="stat", red_from=1),
     Panel(title="Hung reads", queries=(("sum(basefs_hung_reads{@})", ""),), kind="stat", red_from=1),
     Panel(
         title="EIO answered, 1 h",
