@@ -63,10 +63,10 @@ class ChunkFile:
     def __init__(self, header: ChunkMapHeader, data_fd: int, map_fd: int) -> None:
         self.header = header
         self.size = header.size
-        self._data_fd = data_fd
+        self.data_fd = data_fd
         self._map_fd = map_fd
         self._shift = header.chunk_bytes.bit_length() - 1
-        self._seed = header.seed()
+        self.seed = header.seed()
         self._ready = memoryview(bytearray(header.chunks))
         self._zeros = bytes(header.chunk_bytes)
 
@@ -92,7 +92,7 @@ class ChunkFile:
                 return None
             target = _hit_targets.get(size) or [_hit_buffer[:size]]
             # Inline: 6 us against 64 us through a thread. RWF_NOWAIT: a cold page must not stop the loop.
-            if _preadv(self._data_fd, target, offset, _NOWAIT) == size:
+            if _preadv(self.data_fd, target, offset, _NOWAIT) == size:
                 return target[0]
         except (OSError, ValueError):  # a cold page; a file that was closed meanwhile
             pass
@@ -121,7 +121,7 @@ class ChunkFile:
             CacheError: the disk gave an error or fewer bytes.
         """
         try:
-            data = os.pread(self._data_fd, length, offset)
+            data = os.pread(self.data_fd, length, offset)
         except OSError as exc:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
         if len(data) != length:
@@ -136,13 +136,13 @@ class ChunkFile:
         start = first * self.header.chunk_bytes
         try:
             data = memoryview(self.read(start, min(start + count * self.header.chunk_bytes, self.size) - start))
-            sums = self._sums(first, count)
+            sums = self.sums(first, count)
         except (errors.CacheError, OSError, struct.error):
             return [None] if count == 1 else [self.verify(first + at, 1)[0] for at in range(count)]
         step = self.header.chunk_bytes
         chunks = [data[at : at + step] for at in range(0, len(data), step)]
         return [
-            chunk if wanted == checksum(chunk, self._seed) else None for chunk, wanted in zip(chunks, sums, strict=True)
+            chunk if wanted == checksum(chunk, self.seed) else None for chunk, wanted in zip(chunks, sums, strict=True)
         ]
 
     def checked_at_once(self, first: int, count: int) -> memoryview | None:
@@ -151,9 +151,9 @@ class ChunkFile:
         length = min(start + count * self.header.chunk_bytes, self.size) - start
         if length > HIT_BYTES_MAX:
             return None
-        data, sums, seed, step = _hit_buffer[:length], bytearray(SUM_BYTES * count), self._seed, self.header.chunk_bytes
+        data, sums, seed, step = _hit_buffer[:length], bytearray(SUM_BYTES * count), self.seed, self.header.chunk_bytes
         try:
-            read = _preadv(self._data_fd, [data], start, _NOWAIT)
+            read = _preadv(self.data_fd, [data], start, _NOWAIT)
             if read != length or _preadv(self._map_fd, [sums], SUMS_OFFSET + SUM_BYTES * first, _NOWAIT) != len(sums):
                 return None
         except OSError:  # a cold page, or a file system that cannot tell
@@ -161,8 +161,12 @@ class ChunkFile:
         found = [checksum(data[at : at + step], seed) for at in range(0, length, step)]
         return data if struct.pack(f"<{count}Q", *found) == sums else None
 
-    def _sums(self, first: int, count: int) -> tuple[int, ...]:
-        """OSError, struct.error: the disk did not give them."""
+    def sums(self, first: int, count: int) -> tuple[int, ...]:
+        """The checksums of `count` chunks from `first` on, 0 for one that is absent (thread).
+
+        Raises:
+            OSError, struct.error: the disk did not give them.
+        """
         return struct.unpack(f"<{count}Q", os.pread(self._map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * first))
 
     def write_piece(self, offset: int, piece: bytes) -> None:
@@ -173,13 +177,13 @@ class ChunkFile:
         """
         chunk_bytes = self.header.chunk_bytes
         view = memoryview(piece)
-        sums = [checksum(view[at : at + chunk_bytes], self._seed) for at in range(0, len(piece), chunk_bytes)]
+        sums = [checksum(view[at : at + chunk_bytes], self.seed) for at in range(0, len(piece), chunk_bytes)]
         try:
             if self._has_zero_chunk(view):
                 for at in range(0, len(piece), chunk_bytes):
                     self._write_chunk(offset + at, view[at : at + chunk_bytes])
             else:
-                _write_all(self._data_fd, view, offset)
+                _write_all(self.data_fd, view, offset)
             packed = struct.pack(f"<{len(sums)}Q", *sums)
             _write_all(self._map_fd, memoryview(packed), SUMS_OFFSET + SUM_BYTES * (offset // chunk_bytes))
         except OSError as exc:
@@ -193,11 +197,11 @@ class ChunkFile:
         # A chunk of zeros becomes a hole: images are mostly zeros, and disks for caches are small.
         if chunk == self._zeros[: len(chunk)]:
             try:
-                punch_hole(self._data_fd, offset, len(chunk))
+                punch_hole(self.data_fd, offset, len(chunk))
             except OSError:
-                _write_all(self._data_fd, chunk, offset)
+                _write_all(self.data_fd, chunk, offset)
         else:
-            _write_all(self._data_fd, chunk, offset)
+            _write_all(self.data_fd, chunk, offset)
 
     def clear(self, indexes: Iterable[int]) -> None:
         """Forget the checksums of these chunks (thread). They count no more, also after a restart."""
@@ -222,7 +226,7 @@ class ChunkFile:
     def close(self) -> None:
         """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
         self._ready.release()
-        os.close(self._data_fd)
+        os.close(self.data_fd)
         os.close(self._map_fd)
 
 

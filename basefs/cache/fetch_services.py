@@ -33,4 +33,6 @@ class FetchServices:
     jitter: Callable[[], float]
     changed: Callable[[ImageEntry], None]
     counters: FetchCounters
+    forget_pages: Callable[[ImageEntry], None] = lambda _entry: None
+    """Have the kernel throw away what it keeps of the image: some of it was wrong."""
     outage: Outage = field(default_factory=Outage)

@@ -6,7 +6,9 @@ wakes the readers; no await stands between finding a chunk absent and waiting fo
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import trio
 
@@ -23,6 +25,14 @@ from basefs.catalog.records import ImageEntry
 from basefs.core.byte_ranges import chunk_span
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskCheck:
+    """What a check of some chunks on the disk found."""
+
+    checked_bytes: int
+    damaged: list[int]
 
 
 class ImageFetcher:
@@ -82,20 +92,25 @@ class ImageFetcher:
         Cancellation: at any time; transfers under way go on.
         """
         last_error: list[errors.BasefsError] = []
-        self._readers += 1
-        try:
-            with trio.move_on_after(deadline_s):
-                return await self._read(offset, length, patient, last_error)
-        finally:
-            self._readers -= 1
-            if not self._readers:
-                self._no_readers.set()
-                self._no_readers = trio.Event()
+        with self._reader(), trio.move_on_after(deadline_s):
+            return await self._read(offset, length, patient, last_error)
         if last_error:
             raise copy.copy(last_error[-1])
         raise errors.DeadlineExceededError(
             f"image {self.entry.image_id}: bytes {offset}-{offset + length - 1} did not come within {deadline_s:g} s"
         )
+
+    @contextmanager
+    def _reader(self) -> Iterator[None]:
+        """Keeps the chunk file open while the body runs."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._no_readers.set()
+                self._no_readers = trio.Event()
 
     async def _read(self, offset: int, length: int, patient: bool, last_error: list[errors.BasefsError]) -> bytes:
         """As `read`, without the deadline; `last_error` gets the failures that were waited through."""
@@ -169,9 +184,27 @@ class ImageFetcher:
             self._ledger.lose(index)
         return None
 
+    async def check_disk(self, span: range) -> DiskCheck | None:
+        """What the disk holds of the chunks in `span`, past the page cache; None when the image was closed.
+
+        Chunks that are damaged there are absent afterwards.
+
+        Raises:
+            CacheError: the chunk file cannot be read at all.
+        """
+        with self._reader():
+            here = self._ledger.here(span)
+            damaged = await self._verifier.check_disk(span)
+            if damaged is None:
+                return None
+            size = sum(min(self.chunk_bytes, self.size - index * self.chunk_bytes) for index in here)
+            return DiskCheck(checked_bytes=size, damaged=damaged)
+
     def _damaged(self, first: int, count: int) -> None:
         """Chunks of an earlier life did not fit their checksums; they are absent now."""
         self._services.counters.damaged_chunks += count
+        # They may have been served since they were last checked.
+        self._services.forget_pages(self.entry)
         log.warning(
             "image %s: %d cached chunks from byte %d on are damaged; they are fetched again",
             self.entry.image_id, count, first * self.chunk_bytes,

@@ -86,6 +86,7 @@ class ImageStream:
         lost = [index for index, before in enumerate(present_before) if not before and states[index] == READY]
         for index in lost:
             self._ledger.lose(index)
+        self._services.forget_pages(self._entry)
         if self._ledger.file is not None:
             try:
                 await self._services.disk.run(self._ledger.file.clear, lost)

@@ -4,12 +4,17 @@ What a reader gets are the very bytes that were checked: a disk that lies may gi
 Owned by the trio loop.
 """
 
+import logging
 from collections.abc import Callable
 
+from basefs import errors
 from basefs.cache.chunk_file import ChunkFile
+from basefs.cache.direct_reader import damaged_on_disk
 from basefs.cache.ledger import ChunkLedger
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.byte_ranges import chunk_span, runs
+
+log = logging.getLogger(__name__)
 
 
 class ChunkVerifier:
@@ -63,6 +68,32 @@ class ChunkVerifier:
         if lost:
             self._damaged(lost[0], len(lost))
         return right
+
+    async def check_disk(self, span: range) -> list[int] | None:
+        """The chunks of `span` that were damaged on the disk and are absent now; None when the file was closed.
+
+        Raises:
+            CacheError: the file cannot be opened.
+        """
+        file = self._ledger.file
+        if file is None:
+            return None
+        suspects = await self._disk.run(damaged_on_disk, file, self._ledger.here(span))
+        if suspects:
+            # Once more: the first look may have met a chunk while it was evicted or written.
+            suspects = await self._disk.run(damaged_on_disk, file, suspects)
+        here = set(self._ledger.here(span))
+        lost = [index for index in suspects if index in here]
+        if lost:
+            for index in lost:
+                self._ledger.lose(index)
+            self._damaged(lost[0], len(lost))
+            try:
+                # A chunk that is fetched again meanwhile may lose its new checksum: it is fetched once more then.
+                await self._disk.run(file.clear, lost)
+            except errors.CacheError as exc:
+                log.debug("checksums of damaged chunks stay: %s", exc)
+        return lost
 
 
 def _right_chunks(file: ChunkFile, indexes: list[int]) -> dict[int, memoryview]:

@@ -31,6 +31,7 @@ COMMANDS = {
     "image show": "image:ImageShow",
     "image warm": "image:ImageWarm",
     "image evict": "image:ImageEvict",
+    "image verify": "image_verify:ImageVerify",
 }
 USAGE_ERROR = 2
 

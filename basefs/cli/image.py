@@ -1,20 +1,18 @@
 """`basefs image list|show|warm|evict`."""
 
 import argparse
-import time
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any, Protocol, Self
+from typing import Any
 
 from cliff.lister import Lister
 from cliff.show import ShowOne
 
 from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, cell, columns_of, human_bytes, say_error
+from basefs.cli.progress import progress_reporter
 from basefs.errors import ControlError
 
 LIST_COLUMNS = ("id", "name", "base_name", "disk_format", "size", "cached_bytes", "state")
-LINE_INTERVAL_S = 2.0
-"""How often a warming without a terminal writes a line."""
 
 
 class ImageList(BasefsCommand, Lister):
@@ -83,7 +81,10 @@ class ImageWarm(_ImageCommand):
             return 0
         last: dict[str, Any] = {}
         try:
-            with closing(client.warm(parsed_args.ref)) as progresses, _reporter(self.app.stdout) as reporter:
+            with (
+                closing(client.warm(parsed_args.ref)) as progresses,
+                progress_reporter(self.app.stdout, "warming", "cached_bytes", "size", _describe) as reporter,
+            ):
                 for last in progresses:
                     reporter.show(last)
         except KeyboardInterrupt:
@@ -106,70 +107,3 @@ def _describe(progress: dict[str, Any]) -> str:
     cached, size = progress.get("cached_bytes") or 0, progress.get("size") or 0
     share = f" ({100 * cached // size} %)" if size else ""
     return f"{progress.get('image_id')}: {human_bytes(cached)} of {human_bytes(size)}{share} is here"
-
-
-class _Reporter(Protocol):
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_exc: object) -> None: ...
-
-    def show(self, progress: dict[str, Any]) -> None: ...
-
-
-def _reporter(stdout: Any) -> _Reporter:  # noqa: ANN401  # cliff gives whatever file it was given
-    return _Bar(stdout) if stdout.isatty() else _Lines(stdout)
-
-
-class _Lines:
-    """A line now and then, for logs and pipes."""
-
-    def __init__(self, stdout: Any) -> None:  # noqa: ANN401  # as above
-        self._stdout = stdout
-        self._shown_at_s = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        return None
-
-    def show(self, progress: dict[str, Any]) -> None:
-        if time.monotonic() - self._shown_at_s >= LINE_INTERVAL_S and progress.get("state") == "warming":
-            self._shown_at_s = time.monotonic()
-            self._stdout.write(f"{_describe(progress)}\n")
-            self._stdout.flush()
-
-
-class _Bar:
-    """A progress bar with rate and remaining time, for a terminal."""
-
-    def __init__(self, stdout: Any) -> None:  # noqa: ANN401  # as above
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as RateColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            RateColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=stdout),
-            transient=True,
-        )
-        self._task = self._bar.add_task("warming", total=None)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._bar.stop()
-
-    def show(self, progress: dict[str, Any]) -> None:
-        self._bar.update(
-            self._task,
-            description=str(progress.get("image_id")),
-            total=progress.get("size"),
-            completed=progress.get("cached_bytes") or 0,
-        )

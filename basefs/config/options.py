@@ -152,6 +152,24 @@ _TIMES = [
     ),
 ]
 
+_INTEGRITY = [
+    cfg.IntOpt(
+        "scrub_bytes_s",
+        default=8 * MIB,
+        min=0,
+        max=16 * 1024 * MIB,
+        help="Bytes a second at which the cache is read and checked in the background, while no read waits for the "
+        "disk; 0: never. Damaged chunks are dropped, and fetched again where the image is open or was complete.",
+    ),
+    cfg.FloatOpt(
+        "scrub_interval_s",
+        default=86400.0,
+        min=1.0,
+        max=31536000.0,
+        help="Seconds from the begin of one round of that check over the whole cache to the next, if it has ended.",
+    ),
+]
+
 _OPERATIONS = [
     cfg.StrOpt(
         "metrics_listen",
@@ -180,7 +198,7 @@ _REPLACING = [
     ),
 ]
 
-BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES, *_OPERATIONS, *_REPLACING]
+BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES, *_INTEGRITY, *_OPERATIONS, *_REPLACING]
 
 
 def glance_common_opts() -> list[cfg.Opt]:

@@ -33,6 +33,8 @@ class Settings:
     lookup_deadline_s: float
     guest_io_deadline_s: float
     other_io_deadline_s: float
+    scrub_bytes_s: int
+    scrub_interval_s: float
     metrics_listen: str
     watchdog_s: float
     upgrade_deadline_s: float

@@ -49,6 +49,14 @@ class ServiceView(Protocol):
         """Begin to fetch what is missing, and go on whatever becomes of the caller; progress as `warm` yields it."""
         ...
 
+    def verify(self, ref: str | None) -> AsyncGenerator[dict[str, Any], None]:
+        """Check what is here of the image, or of all images (None), on the disk, while the caller iterates.
+
+        Yields about every PROGRESS_INTERVAL_S `image_id`, `size`, `cached_bytes`, `checked_bytes`, `damaged_chunks`,
+        `refetched_chunks`, `error`, `state`; of each image the last one has the state `checked`, or `failed`.
+        """
+        ...
+
     async def evict(self, ref: str) -> dict[str, Any]:
         """Drop the image's local bytes: `evicted_bytes`.
 

@@ -50,9 +50,16 @@ class ControlClient:
 
     def warm(self, ref: str) -> Generator[dict[str, Any], None, None]:
         """Progress of fetching the image; closing the generator gives up the wish for it."""
+        return self._progress(_image_path(ref) + "/warm?wait=true")
+
+    def verify(self, ref: str | None) -> Generator[dict[str, Any], None, None]:
+        """Progress of checking what is here of the image, or of all images (None)."""
+        return self._progress("/verify" if ref is None else _image_path(ref) + "/verify")
+
+    def _progress(self, path: str) -> Generator[dict[str, Any], None, None]:
         try:
             with closing(_UnixConnection(self._path, PROGRESS_DEADLINE_S)) as connection:
-                connection.request("POST", API_PREFIX + _image_path(ref) + "/warm?wait=true")
+                connection.request("POST", API_PREFIX + path)
                 with connection.getresponse() as response:
                     self._raise_for(response)
                     while line := response.readline():

@@ -107,6 +107,9 @@ def _application(view: ServiceView) -> Starlette:
             return _ProgressResponse(view.warm(ref))
         return JSONResponse(await view.start_warm(ref), status_code=202)
 
+    async def verify(request: Request) -> Response:
+        return _ProgressResponse(view.verify(request.path_params.get("ref")))
+
     async def evict(request: Request) -> Response:
         return JSONResponse(await view.evict(request.path_params["ref"]))
 
@@ -116,6 +119,8 @@ def _application(view: ServiceView) -> Starlette:
             Route(f"{API_PREFIX}/status", status, methods=["GET"]),
             Route(f"{API_PREFIX}/images", images, methods=["GET"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/warm", warm, methods=["POST"]),
+            Route(f"{API_PREFIX}/verify", verify, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/verify", verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/evict", evict, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}", image, methods=["GET"]),
         ],
@@ -182,11 +187,11 @@ class _ProgressResponse(Response):
         self, progress: AsyncGenerator[dict[str, Any], None], scope: Scope, receive: Receive, send: Send
     ) -> None:
         last: dict[str, Any] | None = None
+        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson")]}
         try:
             async for item in progress:
                 if last is None:
-                    headers = [(b"content-type", b"application/x-ndjson")]
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await send(start)
                 last = item
                 await _send_line(send, item)
         except BasefsError as exc:
@@ -194,6 +199,8 @@ class _ProgressResponse(Response):
                 await JSONResponse({"error": str(exc)}, status_code=status_of(exc))(scope, receive, send)
                 return
             await _send_line(send, {**last, "state": "failed", "error": str(exc)})
+        if last is None:
+            await send(start)
         await send({"type": "http.response.body", "body": b""})
 
 

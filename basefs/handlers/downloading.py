@@ -7,7 +7,8 @@ IDLE_IMAGES_MAX are closed.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
@@ -86,6 +87,28 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
                 return image
             # Looked up again, for the image may be removed or closed between the flight's end and our turn.
             await self._opening.run(entry.number, lambda: self._open(entry))
+
+    @asynccontextmanager
+    async def checked_image(self, entry: ImageEntry) -> AsyncIterator[ImageFetcher]:
+        """The image's fetcher for a check of what is here; an image that nobody uses is closed again."""
+        was_prepared = entry.number in self._images
+        image = await self.fetch_image(entry)
+        try:
+            yield image.fetcher
+        finally:
+            idle = not image.opens and not image.fetcher.is_busy
+            if not was_prepared and idle and self._images.get(entry.number) is image:
+                del self._images[entry.number]
+                with trio.CancelScope(shield=True):
+                    await image.fetcher.close()
+
+    def readers_wait(self) -> bool:
+        """Whether reads wait for the cache disk, or for a request slot."""
+        return self._services.disk.busy > 0 or self._services.slots.waiting_demand > 0
+
+    async def stored_numbers(self) -> set[int]:
+        """The numbers of the images that have a chunk file."""
+        return await self._services.disk.run(_stored_numbers, self._chunks_dir)
 
     async def _fetcher_of(self, entry: ImageEntry) -> ImageFetcher:
         return (await self.fetch_image(entry)).fetcher
@@ -192,3 +215,12 @@ def _remove_unknown(directory: Path, known_numbers: set[int]) -> int:
     for inode in unknown:
         remove_files(directory, inode)
     return len(unknown)
+
+
+def _stored_numbers(directory: Path) -> set[int]:
+    try:
+        names = [path.stem for path in directory.glob("*.map")]
+    except OSError:
+        return set()
+    numbers = (image_number_of(int(name)) for name in names if name.isdecimal())
+    return {number for number in numbers if number is not None}

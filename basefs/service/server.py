@@ -28,8 +28,10 @@ from basefs.concurrency.threads import BlockingCalls
 from basefs.config import Settings
 from basefs.config.listen import listen_address
 from basefs.control.listener import ControlListener
+from basefs.core.inodes import image_inode
 from basefs.fuse.directories import Directories
 from basefs.fuse.image_files import ImageFiles, ImageFileSettings
+from basefs.fuse.kernel_pages import KernelPages
 from basefs.fuse.lower import LowerTree
 from basefs.fuse.operations import Operations
 from basefs.fuse.virtual_tree import HELD_PREFIX as VIRTUAL_PREFIX
@@ -40,6 +42,7 @@ from basefs.handlers.gate import ServableGate
 from basefs.service import last_config
 from basefs.service.arguments import Arguments, option_texts, with_fixed
 from basefs.service.inherited import open_database, open_lower_tree, open_open_table
+from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.last_config import Loaded
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
@@ -108,6 +111,7 @@ class Service:
         counters = FetchCounters()
         source = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
         handler = await self._handler(nursery, source, catalog, counters)
+        integrity = Integrity(catalog, handler, database, settings)
         gate = ServableGate(
             source,
             handler,
@@ -128,6 +132,7 @@ class Service:
             keeper_pid=self._arguments.keeper_pid,
             check_deadline_s=settings.lookup_deadline_s,
             counters=counters,
+            integrity=integrity,
         )
         opens = await open_open_table(self._channel)
         images = ImageFiles(catalog, gate, handler, self._file_settings(), nursery, opens, stored=database.stored)
@@ -166,6 +171,7 @@ class Service:
                 log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
                 await last_config.keep(self._channel, self._loaded)
                 nursery.start_soon(_serve_commands, view, listener)
+                nursery.start_soon(integrity.run)
                 nursery.start_soon(run_metrics, metrics, listen_address(settings.metrics_listen))
         finally:
             listener.close()
@@ -178,6 +184,7 @@ class Service:
         self, nursery: trio.Nursery, source: GlanceSource, catalog: Catalog, counters: FetchCounters
     ) -> DownloadingTemplateImageHandler:
         settings = self._settings
+        pages = KernelPages(self._arguments.session_fd, nursery)
         services = FetchServices(
             nursery=nursery,
             source=source,
@@ -189,6 +196,7 @@ class Service:
             changed=catalog.touch,
             counters=counters,
             outage=self._access.endpoints.outage,
+            forget_pages=lambda entry: pages.forget(image_inode(entry.number)),
         )
         handler = DownloadingTemplateImageHandler(self._chunks_dir, settings.chunk_bytes, services)
         known = {entry.number for entry in catalog.entries()}

@@ -18,6 +18,7 @@ from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.report import image_report
+from basefs.service.integrity import Integrity
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
 
@@ -38,6 +39,7 @@ class View:
         keeper_pid: int,
         check_deadline_s: float,
         counters: FetchCounters,
+        integrity: Integrity,
     ) -> None:
         self._catalog = catalog
         self._gate = gate
@@ -49,6 +51,7 @@ class View:
         self._keeper_pid = keeper_pid
         self._check_deadline_s = check_deadline_s
         self._counters = counters
+        self._integrity = integrity
         self._started_at = trio.current_time()
         self.operations: Operations | None = None
         self.state = "starting"
@@ -74,6 +77,7 @@ class View:
             "fetch_requests": self._source.requests,
             "cache_bytes": sum(entry.local.cached_bytes for entry in entries),
             "damaged_chunks": self._counters.damaged_chunks,
+            **self._integrity.status(),
             "glance_reachable": contact.reachable,
             "glance_error": contact.error,
             "glance_error_at": contact.error_at,
@@ -134,6 +138,12 @@ class View:
             "image_id": entry.image_id,
             **{key: report[key] for key in ("base_name", "cached_bytes", "size", "fetched_bytes", "state")},
         }
+
+    def verify(self, ref: str | None) -> AsyncGenerator[dict[str, Any], None]:
+        """See `ServiceView.verify`."""
+        if ref is not None:
+            self._catalog.find(ref)
+        return self._integrity.verify(ref)
 
     async def evict(self, ref: str) -> dict[str, Any]:
         """See `ServiceView.evict`."""

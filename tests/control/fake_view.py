@@ -58,6 +58,14 @@ class FakeView:
         self.kept.append(ref)
         return self._progress(ref, 500)
 
+    async def verify(self, ref: str | None) -> AsyncGenerator[dict[str, Any], None]:
+        for one in ["a/b", "one"] if ref is None else [ref]:
+            self.image(one)
+            yield {
+                "image_id": one, "size": SIZE, "cached_bytes": SIZE, "checked_bytes": SIZE, "state": "checked",
+                "damaged_chunks": int(one == "one"), "refetched_chunks": 0, "error": None,
+            }  # fmt: skip
+
     async def evict(self, ref: str) -> dict[str, Any]:
         if ref == "open":
             raise errors.ImageBusyError("image open is open")
