@@ -96,7 +96,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         try:
             yield image.fetcher
         finally:
-            idle = not image.opens and not image.fetcher.is_busy
+            idle = not self.open_handles(entry) and not image.fetcher.is_busy
             if not was_prepared and idle and self._images.get(entry.number) is image:
                 del self._images[entry.number]
                 with trio.CancelScope(shield=True):
