@@ -94,8 +94,9 @@ class ImageFetcher:
         last_error: list[errors.BasefsError] = []
         with self._reader(), trio.move_on_after(deadline_s):
             return await self._read(offset, length, patient, last_error)
-        if last_error:
-            raise copy.copy(last_error[-1])
+        gate = self._deliveries.gate
+        if (error := last_error[-1] if gate.is_open and last_error else gate.error) is not None:
+            raise copy.copy(error)
         raise errors.DeadlineExceededError(
             f"image {self.entry.image_id}: bytes {offset}-{offset + length - 1} did not come within {deadline_s:g} s"
         )
@@ -126,8 +127,6 @@ class ImageFetcher:
                 if data is not None:
                     return data
             elif not self._deliveries.gate.is_open:
-                if self._deliveries.gate.error is not None:
-                    last_error[:] = [self._deliveries.gate.error]
                 await self._deliveries.gate.wait()
             else:
                 try:
