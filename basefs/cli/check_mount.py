@@ -1,8 +1,10 @@
 """Checks of the mount and its processes, from outside: nothing here waits for a server that hangs."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from basefs import mounts, processes
 from basefs.cli.check_host import free_space
@@ -27,7 +29,7 @@ def check_mount(settings: Settings) -> Iterator[Finding]:
     yield _options(mount)
     yield _answer(mount)
     yield from _processes(settings)
-    yield _control_socket(settings)
+    yield from _control_socket(settings)
     lower = _lower_path(settings, mount)
     if lower is None:
         yield warning("lower directory", "cannot be seen: no process of this basefs holds it; run this as root")
@@ -88,15 +90,28 @@ def _processes(settings: Settings) -> Iterator[Finding]:
             yield error(name, f"pid {pid} does not run: {if_missing}")
 
 
-def _control_socket(settings: Settings) -> Finding:
+def _control_socket(settings: Settings) -> Iterator[Finding]:
     try:
         status = ControlClient(settings.control_socket, answer_deadline_s=ANSWER_DEADLINE_S).status()
     except ControlError as exc:
-        return error("control socket", str(exc))
+        yield error("control socket", str(exc))
+        return
     detail = f"{settings.control_socket}: {status.get('state')}, {status.get('images')} images"
     if status.get("mountpoint") != str(settings.mountpoint):
-        return error("control socket", f"{detail}, but of another mount point: {status.get('mountpoint')}")
-    return ok("control socket", detail)
+        yield error("control socket", f"{detail}, but of another mount point: {status.get('mountpoint')}")
+        return
+    yield ok("control socket", detail)
+    for name, endpoint in status.get("endpoints", {}).items():
+        yield _endpoint(name, endpoint)
+
+
+def _endpoint(name: str, endpoint: dict[str, Any]) -> Finding:
+    """What the server has seen of Glance or Keystone; the checks further down see it from here."""
+    check, last = f"server's {name}", f"last error: {endpoint['error'] or 'none'}"
+    if endpoint["state"] == "answers":
+        return ok(check, f"answers; {last}")
+    since = "" if endpoint["since"] is None else time.strftime(" since %F %T", time.localtime(endpoint["since"]))
+    return warning(check, f"{endpoint['state']}{since}; {last}; guests wait until it is back, what is cached is served")
 
 
 def _lower_path(settings: Settings, mount: mounts.Mount) -> Path | None:

@@ -6,8 +6,8 @@ request would fetch a token of its own. Here a token's life is what Keystone say
 """
 
 import math
-import time
 from datetime import UTC, datetime
+from time import monotonic
 
 from keystoneauth1 import access
 from keystoneauth1.identity.base import BaseIdentityPlugin
@@ -40,5 +40,5 @@ class TokenLife:
         if token is not self._known:
             issued, expires = token.issued or datetime.now(UTC), token.expires
             life_s = math.inf if expires is None else (expires - issued).total_seconds()
-            self._known, self._ends_at = token, time.monotonic() + life_s
-        return self._ends_at - time.monotonic()
+            self._known, self._ends_at = token, monotonic() + life_s
+        return self._ends_at - monotonic()

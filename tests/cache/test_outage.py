@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from basefs import errors
+from basefs.cache.deliveries import LOOK_AGAIN_S
 from basefs.cache.outage import RETRY_AFTER_MAX_S, RETRY_BASE_S, RETRY_CAP_S, RetryGate
 from basefs.concurrency.outage import Outage
 from tests.cache.conftest import CHUNK, IMAGE_ID, Fetchers, make_entry
@@ -96,3 +97,54 @@ async def test_a_stream_that_turns_out_wrong_spoils_nothing_that_was_here(
     source.images[IMAGE_ID] = image
     async with fetchers(source, entry=entry) as fetcher:
         assert await fetcher.read(0, len(image), deadline_s=15.0, patient=False) == image
+
+
+async def test_a_streamed_image_is_asked_for_by_range_once_in_a_while(
+    fetchers: Fetchers, source: MemorySource, image: bytes, clock: trio.testing.MockClock,
+) -> None:  # fmt: skip
+    entry = make_entry(len(image))
+    entry.local.source_kind = "streamed"
+    entry.looked_at = trio.current_time()
+    source.hold = trio.Event()
+    async with fetchers(source, entry=entry) as fetcher, trio.open_nursery() as readers:
+        readers.start_soon(lambda: fetcher.read(0, 10, deadline_s=1e6, patient=True))
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert [call[0] for call in source.calls] == ["stream"], "looked at a moment ago"
+        await trio.sleep(LOOK_AGAIN_S)
+        readers.start_soon(lambda: fetcher.read(90 * CHUNK, 10, deadline_s=1e6, patient=True))
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not fetcher.is_streamed
+        assert "range" in [call[0] for call in source.calls], "readers do not wait for the stream"
+        source.hold.set()
+    assert entry.local.source_kind == "ranged"
+
+
+async def test_an_outage_closes_every_gate_and_its_end_opens_them_in_the_same_moment(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="basefs")
+    outage = Outage()
+    gates = [RetryGate(str(n), lambda: 0.999, outage) for n in range(50)]
+    woken = []
+
+    async def reader(gate: RetryGate) -> None:
+        await gate.wait()
+        woken.append(trio.current_time())
+
+    away = errors.SourceUnavailableError("refused", may_be_away=True)
+    outage.suspect(is_suspected=True)
+    for gate in gates[:25]:
+        gate.failed(away)
+    assert [gate.is_open for gate in gates] == [False] * 25 + [True] * 25, "a probe decides for those that failed"
+    async with trio.open_nursery() as readers:
+        outage.begin(errors.SourceUnavailableError("Glance is away", may_be_away=True, is_outage=True))
+        outage.suspect(is_suspected=False)
+        for gate in gates * 20:
+            readers.start_soon(reader, gate)
+        await trio.sleep(600.0)
+        assert woken == []
+        ended_at = trio.current_time()
+        outage.end()
+    assert woken == [ended_at] * 1000
+    assert outage.waited == 1000
+    assert caplog.records == []

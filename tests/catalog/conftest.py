@@ -3,6 +3,7 @@
 import pytest
 
 from basefs.catalog.glance_catalog import Catalog
+from basefs.concurrency.outage import Outage
 from tests.fakes.memory_catalog import MemoryMetadata, MemoryStore
 
 
@@ -13,11 +14,12 @@ class Lives:
         self._nursery = nursery
         self.metadata = MemoryMetadata()
         self.store = MemoryStore()
+        self.outage = Outage()
 
     async def begin(self, **settings: float) -> Catalog:
         self.store = MemoryStore(self.store)
         values = {"refresh_s": 60.0, "full_refresh_s": 3600.0, "lookup_deadline_s": 5.0, **settings}
-        catalog = Catalog(self.metadata, self.store, self._nursery, **values)
+        catalog = Catalog(self.metadata, self.store, self._nursery, outage=self.outage, **values)
         await catalog.load()
         return catalog
 

@@ -517,3 +517,41 @@ async def test_a_restarted_loop_lists_all_only_if_the_last_time_was_long_ago(
     await trio.sleep(10)
     assert [since is None for since in metadata.lists[1:]] == [is_full]
     nursery.cancel_scope.cancel()
+
+
+async def test_in_an_outage_look_ups_are_answered_at_once_from_what_is_known(glance, metadata, lives, autojump_clock):
+    known = glance.add(b"x")
+    inactive = glance.add(b"y", status="deactivated")
+    catalog = await lives.begin()
+    await catalog.refresh(full=True)
+    lists, began = len(metadata.lists), trio.current_time()
+    away = errors.SourceUnavailableError("Glance is away: refused", may_be_away=True, is_outage=True)
+    lives.outage.begin(away)
+    metadata.error = away
+    assert (await catalog.resolve(base_name_of(known))).image_id == known
+    assert (await catalog.resolve(base_name_of(inactive))).image_id == inactive
+    for n in range(100):
+        with pytest.raises(errors.SourceUnavailableError, match="Glance is away") as caught:
+            await catalog.resolve(base_name_of(f"unknown {n}"))
+        assert caught.value.is_outage
+    assert trio.current_time() == began
+    assert len(metadata.lists) == lists
+    metadata.error = None
+    lives.outage.end()
+    assert await catalog.resolve(base_name_of("unknown 1")) is None
+
+
+async def test_the_end_of_an_outage_brings_a_fresh_list_within_seconds(
+    glance, metadata, lives, autojump_clock, nursery
+):
+    away = errors.SourceUnavailableError("Glance is away: refused", may_be_away=True, is_outage=True)
+    metadata.error = away
+    lives.outage.begin(away)
+    catalog = await lives.begin(refresh_s=3600.0)
+    nursery.start_soon(catalog.run)
+    await trio.sleep(1000)
+    image = glance.add(b"x")
+    metadata.error = None
+    lives.outage.end()
+    await trio.sleep(refresher.SPREAD_S + 0.1)
+    assert catalog.by_id(image) is not None

@@ -99,6 +99,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with MisbehavingFront() as front:
         stock = [front.glance.add(random.Random(n % 4).randbytes(3 * MIB + 1)) for n in range(STOCK_IMAGES)]
         with BasefsMount(directory, front.conf_lines(), SHARED_OPTIONS) as mount:
+            mount.wait_for_images(STOCK_IMAGES)  # else a name's first look-up waits for the list, a second and more
             yield Site(front, mount, stock)
 
 

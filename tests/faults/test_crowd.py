@@ -48,13 +48,13 @@ def reads_asked(mountpoint: os.PathLike[str]) -> int:
 
 
 @pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "buffered"])
-def test_300_waiting_reads_delay_no_stat_no_listing_and_no_cached_read(
+def test_1100_waiting_reads_delay_no_stat_no_listing_and_no_cached_read(
     is_direct: bool, front: MisbehavingFront, basefs_mount: MountFactory
 ) -> None:
     data = os.urandom(3 * MIB)
     cached_id = front.glance.add(data)
     images = [front.glance.add(os.urandom(2 * MIB)) for _ in range(10)]
-    mount = basefs_mount(front.conf_lines(), PATIENT)
+    mount = basefs_mount(front.conf_lines(), {**PATIENT, "other_io_deadline_s": 4 * LIMIT_S})
     cached = mount.mountpoint / base_name(cached_id)
     assert read_at(cached, 0, len(data)) == data
     release = threading.Event()
@@ -64,15 +64,15 @@ def test_300_waiting_reads_delay_no_stat_no_listing_and_no_cached_read(
             fds.append(os.open(mount.mountpoint / base_name(image_id), os.O_RDONLY | os.O_DIRECT * is_direct))
             stack.callback(os.close, fds[-1])
             os.posix_fadvise(fds[-1], 0, 0, os.POSIX_FADV_RANDOM)
-        pool = stack.enter_context(reader_threads(300))
+        pool = stack.enter_context(reader_threads(1100))
         read = pread if is_direct else (lambda fd, offset, length: os.pread(fd, length, offset))
         front.on("/file").respond(answers.hang(release))
         asked_before = reads_asked(mount.mountpoint)
-        offsets = [HEADER_BYTES + n * 8192 for n in range(30)]
+        offsets = [HEADER_BYTES + n * 8192 for n in range(110)]
         try:
             waiting = [pool.submit(read, fd, offset, 4096) for fd in fds for offset in offsets]
-            eventually(lambda: reads_asked(mount.mountpoint) >= asked_before + 300)
-            longest_s = 0.0
+            eventually(lambda: reads_asked(mount.mountpoint) >= asked_before + 1100)
+            took_s = []
             for call in (
                 lambda: os.listdir(mount.mountpoint),
                 lambda: os.stat(cached),
@@ -80,11 +80,14 @@ def test_300_waiting_reads_delay_no_stat_no_listing_and_no_cached_read(
                 lambda: cached.read_bytes() == data,
                 lambda: read_at(cached, 0, len(data)) == data,
             ):
-                begun = time.monotonic()
-                errno_of(call)
-                longest_s = max(longest_s, time.monotonic() - begun)
+                for _ in range(8):
+                    begun = time.monotonic()
+                    errno_of(call)
+                    took_s.append(time.monotonic() - begun)
             assert not any(one.done() for one in waiting)
-            assert longest_s < 2.0, "hundreds of times what it takes, and no deadline of anybody"
+            took_s.sort()
+            p99_s = took_s[int(0.99 * len(took_s))]
+            assert p99_s < 2.0, "hundreds of times what it takes, and no deadline of anybody"
         finally:
             release.set()
         for one in waiting:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.mount
 
 PART = 64 * 1024
 IMAGE_BYTES = 6 * MIB
-MOMENTS = (0, 2, 5)
+MOMENTS = (0, 4)
 """Which ranged request of the boot is answered wrongly."""
 NEVER = threading.Event()
 
