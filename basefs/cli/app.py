@@ -26,6 +26,7 @@ COMMANDS = {
     "mount": "mount:Mount",
     "unmount": "unmount:Unmount",
     "status": "status:Status",
+    "upgrade": "upgrade:Upgrade",
     "doctor": "doctor:Doctor",
     "image list": "image:ImageList",
     "image show": "image:ImageShow",

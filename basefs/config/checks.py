@@ -9,6 +9,7 @@ from basefs import mounts
 from basefs.config.listen import listen_address
 from basefs.config.settings import Settings
 from basefs.errors import ConfigError
+from basefs.keeper_spec import REQUEST_SOCKET_SUFFIX
 
 PAGE_BYTES = 4096
 SOCKET_PATH_BYTES_MAX = 107
@@ -74,8 +75,9 @@ def _path_problems(settings: Settings) -> Iterator[str]:
         yield f"[basefs] mountpoint = {mountpoint} lies in cache_dir = {settings.cache_dir}"
     if settings.cache_dir.is_relative_to(settings.control_socket):
         yield f"[basefs] control_socket = {settings.control_socket} is the cache directory or above it"
-    if len(os.fsencode(settings.control_socket)) > SOCKET_PATH_BYTES_MAX:
-        yield f"[basefs] control_socket = {settings.control_socket} is longer than {SOCKET_PATH_BYTES_MAX} bytes"
+    path_bytes_max = SOCKET_PATH_BYTES_MAX - len(REQUEST_SOCKET_SUFFIX)
+    if len(os.fsencode(settings.control_socket)) > path_bytes_max:
+        yield f"[basefs] control_socket = {settings.control_socket} is longer than {path_bytes_max} bytes"
 
 
 def _mountpoint_problems(mountpoint: Path) -> Iterator[str]:

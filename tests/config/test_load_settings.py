@@ -104,7 +104,7 @@ def test_a_bad_value_names_file_line_and_option(config_file, option, value):
         ({"cache_dir": "{base}"}, "cache_dir = .* lies on the mount point"),
         ({"cache_dir": "{base}/.."}, "mountpoint = .* lies in cache_dir"),
         ({"control_socket": "{base}/control.sock"}, "control_socket = .* lies on the mount point"),
-        ({"control_socket": "/run/" + 100 * "x" + ".sock"}, "is longer than 107 bytes"),
+        ({"control_socket": "/run/" + 100 * "x" + ".sock"}, "is longer than 100 bytes"),
         ({"instances_path": "{base}"}, "instances_path = .* lies on the mount point"),
         ({"mountpoint": "/"}, "root directory"),
         ({"mountpoint": "relative/base"}, "must be an absolute path"),

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import boot, cached, link, nova_boot, scale, verify
+from tools.bench import boot, cached, link, nova_boot, restart, scale, verify
 from tools.bench.report import Report
 from tools.mount import ROOT
 
@@ -15,6 +15,7 @@ PARTS: dict[str, Callable[[Report, Path], None]] = {
     "link": link.run,
     "cached": cached.run,
     "scale": scale.run,
+    "restart": restart.run,
     "verify": verify.run,
     "nova": nova_boot.run,
 }
