@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 from basefs import hardening
@@ -111,7 +110,7 @@ class Keeper:
                 saved.cache_dir,
             )
         view = str(saved.fixed.get("view", self._spec.view))
-        self._spec = replace(self._spec, mountpoint=saved.mountpoint, cache_dir=saved.cache_dir, view=view)
+        self._spec = self._spec._replace(mountpoint=saved.mountpoint, cache_dir=saved.cache_dir, view=view)
         self._session = adopted.session
         self._is_detached = not adopted.session.is_mounted()
         log.info("going on with the mount on %s, which systemd kept", saved.mountpoint)

@@ -12,7 +12,7 @@ import logging
 import os
 import struct
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from basefs.service_manager import tell_systemd
 
@@ -53,8 +53,7 @@ def remove_stored(name: str) -> None:
     tell_systemd(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """One slot: the number of a held fd and the text that `HeldFds` keeps with it."""
 
     number: int

@@ -11,8 +11,7 @@ import logging
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 log = logging.getLogger("basefs.keeper")
 
@@ -44,8 +43,7 @@ class Keep(Protocol):
         """Let go of the copy with that number."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(NamedTuple):
     text: bytes
     """The JSON of `[key, note]`."""
     fd: int

@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from basefs import processes
 from basefs.errors import MountError
@@ -23,8 +23,7 @@ KILLED_S = 10.0
 """What a killed one may take: a cache disk may hold it up."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Predecessor:
+class _Predecessor(NamedTuple):
     pid: int
     pidfd: int
     is_keeper: bool

@@ -4,8 +4,7 @@ import fcntl
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from basefs.mounts import Mount
 
@@ -15,8 +14,7 @@ BYTES_MAX = 1024 * 1024
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SavedSession:
+class SavedSession(NamedTuple):
     """A FUSE session: its mount's line of mountinfo, the kernel's FUSE_INIT, and what cannot change while mounted."""
 
     mountpoint: str
@@ -32,7 +30,7 @@ class SavedSession:
             "version": VERSION,
             "mountpoint": self.mountpoint,
             "cache_dir": self.cache_dir,
-            "entry": asdict(self.entry),
+            "entry": self.entry._asdict(),
             "init_request": self.init_request.hex(),
             "fixed": self.fixed,
         }

@@ -7,8 +7,7 @@ is closed, and removed from the store if a basefs put it there.
 import logging
 import os
 import stat
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from basefs.keeper_fd_store import PREFIX, FdStore, HeldNotes, remove_stored
 from basefs.keeper_held import HeldFds
@@ -23,8 +22,7 @@ Group = dict[str, int]
 """Inherited fds of one token, by what they are."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adopted:
+class Adopted(NamedTuple):
     """A session that goes on under this keeper; the fds are the caller's."""
 
     session: KernelSession

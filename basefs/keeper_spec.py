@@ -2,15 +2,15 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from basefs.processes import KEEPER_MODULE
 
 REQUEST_SOCKET_SUFFIX = ".keeper"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeeperSpec:
+class KeeperSpec(NamedTuple):
     """What a keeper is started with. Paths are absolute and resolved; `ready_fd` is the pipe of `--background`."""
 
     mountpoint: str
@@ -26,12 +26,12 @@ class KeeperSpec:
     watchdog_s: float = 20.0
     upgrade_deadline_s: float = 30.0
     ready_fd: int | None = None
-    server_command: list[str] = field(default_factory=lambda: [sys.executable, "-P", "-m", "basefs.service"])
+    server_command: Sequence[str] = (sys.executable, "-P", "-m", "basefs.service")
 
 
 def command_line(spec: KeeperSpec) -> list[str]:
     """The program to run, or to become, for a keeper of that spec."""
-    return [sys.executable, "-P", "-m", KEEPER_MODULE, json.dumps(asdict(spec))]
+    return [sys.executable, "-P", "-m", KEEPER_MODULE, json.dumps(spec._asdict())]
 
 
 def request_socket_of(control_socket: str) -> str:

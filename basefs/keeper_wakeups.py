@@ -4,13 +4,12 @@ import os
 import select
 import signal
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SIGNALS_BYTES_MAX = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Woken:
+class Woken(NamedTuple):
     """What ended a wait: readable fds, numbers of signals that came, whether mounts were added or removed."""
 
     ready: set[int]

@@ -12,9 +12,8 @@ import select
 import signal
 import struct
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FUSE_TYPE = "fuse.basefs"
 FUSE_SOURCE = "basefs"
@@ -37,8 +36,7 @@ _SYMLINKS_MAX = 40
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of mountinfo. `minor` names the FUSE connection when the type is FUSE."""
 
     mount_id: int

@@ -3,16 +3,14 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from basefs.mounts import Mount
 
 KEEPER_MODULE = "basefs.keeper"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MountUser:
+class MountUser(NamedTuple):
     """A process that has something on a mount open, and one path of it."""
 
     pid: int

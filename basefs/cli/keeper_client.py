@@ -35,7 +35,9 @@ def ask_keeper(control_socket: Path, request: str, *, deadline_s: float = ANSWER
     except TimeoutError:
         raise ControlError(f"the keeper does not answer on {path} within {deadline_s:g} s") from None
     except (OSError, ValueError):
-        raise ControlError(f"the answer on {path} is not a keeper's: it ended, or control_socket is another's") from None
+        raise ControlError(
+            f"the answer on {path} is not a keeper's: it ended, or control_socket is another's"
+        ) from None
     if not isinstance(answer, dict):
         raise ControlError(f"the answer on {path} is not a keeper's: is control_socket another program's?")
     return answer

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from basefs.cli.common import BasefsCommand
@@ -79,7 +78,7 @@ def _mount_in_background(spec: KeeperSpec, log_file: Path | None) -> int:
     read_fd, write_fd = os.pipe()
     log_fd = _open_log(log_file)
     try:
-        command = command_line(replace(spec, ready_fd=write_fd))
+        command = command_line(spec._replace(ready_fd=write_fd))
         keeper = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ class RunningKeeper:
 
     def __init__(self, spec: KeeperSpec, environment: dict[str, str] | None = None) -> None:
         self.ready_fd, theirs = os.pipe()
-        spec = replace(spec, ready_fd=theirs)
+        spec = spec._replace(ready_fd=theirs)
         self.process = subprocess.Popen(
             command_line(spec), stderr=subprocess.PIPE, pass_fds=[theirs], env={**os.environ, **(environment or {})}
         )
@@ -80,7 +80,7 @@ class Mounting:
         return Path(self.spec.mountpoint)
 
     def start(self, environment: dict[str, str] | None = None, **changes: object) -> RunningKeeper:
-        keeper = RunningKeeper(replace(self.spec, **changes), environment)
+        keeper = RunningKeeper(self.spec._replace(**changes), environment)
         self.keepers.append(keeper)
         return keeper
 
@@ -89,7 +89,7 @@ class Mounting:
         assert keeper.answer().get("ready") is True, keeper.wait_for_log("\0")
         return keeper
 
-    def set_mode(self, **mode: str) -> None:
+    def set_mode(self, **mode: object) -> None:
         self.mode_path.write_text(json.dumps(mode))
 
     def server_pids(self) -> list[int]:

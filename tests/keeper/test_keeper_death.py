@@ -6,7 +6,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,7 +211,7 @@ def test_another_configuration_waits_until_it_is_unmounted(mounting, systemd, tm
     systemd.kill()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    systemd._command = command_line(replace(mounting.spec, mountpoint=str(elsewhere)))
+    systemd._command = command_line(mounting.spec._replace(mountpoint=str(elsewhere)))
     systemd.start()
     assert f"mounted already: mountpoint {mounting.mountpoint}" in systemd.log
     assert (mounting.mountpoint / "img").read_bytes() == CONTENT
