@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,8 @@ import pytest
 
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
-from tests.semantics.conftest import errno_of, eventually, front_mount, opened, report
+from tests.faults.readers import guest_program
+from tests.semantics.conftest import errno_of, eventually, front_mount, opened, report, status
 from tests.semantics.test_names import unknown
 from tools.mount import BasefsMount
 
@@ -24,6 +26,7 @@ LOOKUP_S = 1.5
 OTHER_S = 2.0
 GUEST_S = 60.0
 RETRY_S = 10.0
+PROBE_PATH = "/v2/images/00000000-0000-0000-0000-000000000000"
 SLACK_S = 4.0
 """What a loaded machine may add."""
 EXPECTED = ("cannot be refreshed", "Glance is away", "answered EIO", "basefs.cache.outage image")
@@ -32,7 +35,7 @@ EXPECTED = ("cannot be refreshed", "Glance is away", "answered EIO", "basefs.cac
 @pytest.fixture(scope="module")
 def front() -> Iterator[MisbehavingFront]:
     with MisbehavingFront() as running:
-        for n in range(12):
+        for n in range(15):
             running.glance.add(DATA, name=str(n))
         yield running
 
@@ -79,6 +82,64 @@ def test_unknown_is_not_absent(outage: MisbehavingFront, mount: BasefsMount) -> 
     assert errno_of((mount.mountpoint / unknown("in an outage")).stat) == "EIO"
     assert time.monotonic() - begun < LOOKUP_S + SLACK_S
     assert not (mount.mountpoint / f"{unknown('in an outage')}_sm").exists()
+
+
+def test_an_outage_that_was_found_out(
+    outage: MisbehavingFront, mount: BasefsMount, image_id: str, tmp_path: Path
+) -> None:
+    """[S110] In an outage of Glance that was found out, a name never seen is EIO at once.
+
+    [S612] In an outage that was found out, only one small request at a time goes to Glance, and readers that wait go
+    on within 5 s of its return.
+    """
+    path = mount.path(image_id)
+    path.stat()
+    begin(outage)
+    eventually(lambda: status(mount)["endpoints"]["glance"]["state"] == "away")
+    begun = time.monotonic()
+    assert errno_of((mount.mountpoint / unknown("in a known outage")).stat) == "EIO"
+    assert time.monotonic() - begun < LOOKUP_S, "not after `lookup_deadline_s`"
+    qemu = guest_program(tmp_path)
+    argv = [str(qemu), f"if={path}", "bs=65536", "skip=30", "count=1", "status=none"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as guest:
+        asked = outage.count()
+        threading.Event().wait(3.0)
+        assert outage.count() - asked <= 6, "probes, up to 2 s apart"
+        assert {one.path for one in outage.requests()[asked + 1 :]} <= {PROBE_PATH}
+        outage.behave()
+        begun = time.monotonic()
+        data, _ = guest.communicate(timeout=GUEST_S)
+        assert time.monotonic() - begun < 5.0 + SLACK_S
+    assert data == DATA[30 * 65536 : 31 * 65536]
+
+
+def test_only_glances_own_word_counts(outage: MisbehavingFront, mount: BasefsMount, image_id: str) -> None:
+    """[S111] An image goes only by Glance's own 404 to its id: one that lists leave out, or to which something before
+    Glance answers 404, stays.
+    """
+    path = mount.path(image_id)
+    path.stat()
+    outage.on("/v2/images/").respond(answers.status(404))
+    outage.on("/v2/images").respond(lambda answer: replace(answer, body=b'{"images": []}'))
+    lists = outage.count("/v2/images")
+    eventually(lambda: outage.count("/v2/images") >= lists + 10)
+    assert path.stat().st_size == len(DATA)
+    assert path.name in os.listdir(mount.mountpoint)
+    assert report(mount, image_id)["status"] == "active"
+
+
+def test_one_wrong_answer(outage: MisbehavingFront, mount: BasefsMount, image_id: str) -> None:
+    """[S613] One wrong answer of Glance, of whatever kind, is asked about again and reaches no reader."""
+    path = mount.path(image_id)
+    path.stat()
+    kinds = (answers.whole_for_range(), answers.status(400), answers.status(404), answers.status(500), answers.reset())
+    with opened(path, os.O_RDONLY | os.O_DIRECT) as fd:
+        for number, kind in enumerate(kinds):
+            rule = outage.on(f"/{image_id}/file")
+            rule.respond(kind, times=1)
+            offset = 1_200_128 + number * 262_144
+            assert os.pread(fd, 4096, offset) == DATA[offset : offset + 4096]
+    assert report(mount, image_id)["source"] == "ranged"
 
 
 def test_what_is_here_is_served(outage: MisbehavingFront, mount: BasefsMount, image_id: str) -> None:
