@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,16 @@ def test_bytes_of_the_data_file_without_a_map_do_not_count(tmp_path: Path) -> No
     file.close()
     map_path(tmp_path, INODE).unlink()
     assert check_no_wrong_byte(tmp_path, image) == 0
+
+
+def test_bytes_and_checksums_of_another_image_below_a_header_of_ours_do_not_count(tmp_path: Path) -> None:
+    """What a power cut leaves where a map was begun anew and the old sectors came back."""
+    file, _ = open_chunk_file(tmp_path, INODE, replace(HEADER, image_id="another"))
+    write(file, image_of(6), 0, 9)
+    file.close()
+    with map_path(tmp_path, INODE).open("r+b") as chunk_map:
+        chunk_map.write(HEADER.pack())
+    assert check_no_wrong_byte(tmp_path, image_of(7)) == 0
 
 
 def test_a_chunk_size_of_an_earlier_configuration_is_kept(tmp_path: Path) -> None:
