@@ -1,4 +1,7 @@
-"""What a keeper is started with, by `basefs mount` as by tests. Standard library only."""
+"""What a keeper is started with, by `basefs mount` as by tests. Standard library only.
+
+No dataclasses in what a keeper imports: they bring `inspect`, 1.1 MiB of its 15.
+"""
 
 import json
 import sys
