@@ -13,6 +13,7 @@ import trio.testing
 
 from tools.mount import BasefsMount, MountError, basefs_mounts
 from tools.rig import Rig
+from tools.secrets_used import said_files, secrets_in
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 LOG_LINE = re.compile(r"^\S+ \S+ \d+ (?:WARNING|ERROR|CRITICAL) (?P<record>basefs\S* .*)$")
@@ -109,6 +110,17 @@ def _no_unexpected_warnings(expected_warnings: ExpectedWarnings) -> Iterator[lis
     assert not unexpected, "log records that the test did not expect:\n" + "\n".join(unexpected)
     missing = expected_warnings.missing()
     assert not missing, f"expected log records that did not come: {missing}"
+
+
+# -- secrets
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_secrets_said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the run in which any basefs wrote a password or a token that the tests gave it, or one of Keystone's."""
+    yield
+    said = list(secrets_in(said_files(tmp_path_factory.getbasetemp())))
+    assert not said, "secrets that basefs has written:\n" + "\n".join(said)
 
 
 # -- time

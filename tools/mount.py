@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tools.secrets_used import SAID_LOG
+
 ROOT = Path(__file__).resolve().parent.parent
 BASEFS = ROOT / ".venv" / "bin" / "basefs"
 RUN_VARIABLE = "BASEFS_TOOLS_RUN"
@@ -103,6 +105,7 @@ class BasefsMount:
         """Take everything away, whatever state it is in; MountError when that needed more than `basefs unmount`."""
         trouble = ""
         if self.is_mounted:
+            self._note_processes()
             try:
                 self.unmount()
             except (MountError, subprocess.TimeoutExpired) as error:
@@ -133,15 +136,30 @@ class BasefsMount:
 
     def cli(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
         """Run `basefs ARGUMENTS --config-file …` and return what it wrote; CalledProcessError when it fails."""
-        return subprocess.run(
+        done = subprocess.run(
             [str(BASEFS), *arguments, "--config-file", str(self.conf_path)],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            check=check,
+            check=False,
             timeout=timeout_s,
         )
+        self._note_said(done.stdout, done.stderr)
+        if check:
+            done.check_returncode()
+        return done
+
+    def _note_said(self, *texts: str) -> None:
+        """Keep what was said, for the suite's look at secrets."""
+        with contextlib.suppress(OSError), open(self.directory / SAID_LOG, "a", encoding="utf-8") as said:
+            said.writelines(f"{text}\n" for text in texts if text)
+
+    def _note_processes(self) -> None:
+        for pid in self.pids():
+            for name in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    self._note_said(Path(f"/proc/{pid}/{name}").read_text(errors="replace").replace("\0", "\n"))
 
     @property
     def environment(self) -> dict[str, str]:

@@ -61,7 +61,7 @@ def test_files_of_the_cache_that_were_exchanged_give_no_other_bytes(
     contents = [Random(seed).randbytes(SIZE) for seed in range(2 * len(WAYS))]
     with MisbehavingFront() as front:
         ids = [front.glance.add(content) for content in contents]
-        mount = basefs_mount(front.conf_lines())
+        mount = basefs_mount(front.conf_lines(), {"lookup_deadline_s": 60})
         inodes = [mount.path(image_id).stat().st_ino for image_id in ids]
         assert [mount.path(image_id).read_bytes() for image_id in ids] == contents
         mount.unmount()

@@ -6,12 +6,13 @@ from datetime import UTC, datetime, timedelta
 
 from tests.fakes.answers import Answer, Request
 from tests.fakes.front import MisbehavingFront, Route
+from tools.secrets_used import FAKE_PASSWORD, FAKE_TOKEN_PREFIX
 
 
 class FakeKeystone(Route):
     """Issues tokens that are good at the front's Glance until they are revoked."""
 
-    def __init__(self, front: MisbehavingFront, *, life_s: float = 3600.0, password: str = "secret") -> None:
+    def __init__(self, front: MisbehavingFront, *, life_s: float = 3600.0, password: str = FAKE_PASSWORD) -> None:
         self.issued: list[str] = []
         self.life_s = life_s
         self._front = front
@@ -50,7 +51,7 @@ class FakeKeystone(Route):
         if auth["identity"]["password"]["user"]["password"] != self._password:
             error = {"code": 401, "title": "Unauthorized", "message": "The request requires authentication."}
             return _json(401, {"error": error})
-        token = f"token-{next(self._numbers)}"
+        token = f"{FAKE_TOKEN_PREFIX}{next(self._numbers)}"
         self.issued.append(token)
         self._front.tokens = {*(self._front.tokens or ()), token}
         now = datetime.now(UTC)

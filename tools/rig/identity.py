@@ -4,9 +4,9 @@ import uuid
 from typing import Any
 
 from tools.rig.api import Api
+from tools.secrets_used import RIG_PASSWORD
 
-# The fixed password of every user of a rig. It guards a throw-away Keystone on loopback, nothing else.
-PASSWORD = "secret"
+PASSWORD = RIG_PASSWORD
 ADMIN_USER = "admin"
 # user: (project, roles); `basefs` is the service user an operator would make for basefs.
 USERS = {

@@ -1,6 +1,7 @@
 """The rig: starts and stops the services, and hands out what a test needs of them."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -312,7 +313,8 @@ class Rig:
         version = next(
             entry for entry in sorted(os.listdir(_site_packages(self._venv))) if entry.startswith(name + "-")
         )
-        path = os.path.join(ROOT, ".cache", "rig", version)
+        # Keystone's holds the password: another one is another template.
+        path = os.path.join(ROOT, ".cache", "rig", f"{version}-{hashlib.sha1(PASSWORD.encode()).hexdigest()[:8]}")
         if not os.path.isdir(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             scratch = tempfile.mkdtemp(dir=os.path.dirname(path), prefix=f".{name}-")
