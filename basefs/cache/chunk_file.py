@@ -4,9 +4,9 @@ Invariants:
 - A chunk's bytes are written before its checksum, its checksum before its `ready` byte; whoever sees a
   ready byte sees the bytes. Nothing is synced: after a power cut a checksum tells a chunk that is whole
   from one that is not.
-- `ready`, one byte a chunk (NOT_READY: not to be served; READY; READY_MARKED: serve, but tell the planner first),
-  is in memory and begins as zeros. A chunk becomes ready only by `mark_ready`, after it was written or verified
-  in the life of this server.
+- `ready`, one byte a chunk (NOT_READY: not to be served; READY; READY_MARKED: serve, but tell the planner first;
+  READY_AGED: serve, but note the use first), is in memory and begins as zeros. A chunk becomes ready only by
+  `mark_ready`, after it was written or verified in the life of this server.
 - Nothing of the cache disk is mapped: a mapped page that the disk cannot give or take (EIO, read-only) is a
   SIGBUS that ends the server, and one that it does not give (a disk that hangs) stops the loop.
 
@@ -16,14 +16,15 @@ Methods that say "thread" block on the disk and are called through `BlockingCall
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from basefs import errors
 from basefs.cache.holes import punch_hole
+from basefs.core.byte_ranges import runs
 from basefs.core.chunk_map import PAGE, SUM_BYTES, SUMS_OFFSET, ChunkMapHeader, checksum, parse_header
 
-NOT_READY, READY, READY_MARKED = 0, 1, 2
+NOT_READY, READY, READY_MARKED, READY_AGED = 0, 1, 2, 3
 
 HIT_BYTES_MAX = 1 << 20
 """The largest read the kernel sends (FUSE max_pages 256)."""
@@ -39,6 +40,7 @@ _hit_targets: dict[int, list[memoryview]] = {
 _preadv = os.preadv
 _NOWAIT = os.RWF_NOWAIT
 _ALL_READY = bytes([READY]) * (HIT_BYTES_MAX // (16 * 1024) + 2)
+_AGED = bytes(READY_AGED if value == READY else value for value in range(256))
 
 
 def data_path(directory: Path, inode: int) -> Path:
@@ -106,13 +108,17 @@ class ChunkFile:
         """Whether the first touch of chunk `index` is to be told to the planner."""
         return self._ready[index] == READY_MARKED
 
-    def mark_ready(self, index: int, *, marker: bool = False) -> None:
+    def mark_ready(self, index: int, *, marker: bool = False, aged: bool = False) -> None:
         """Let chunk `index` be served; its bytes and checksum are in place."""
-        self._ready[index] = READY_MARKED if marker else READY
+        self._ready[index] = READY_MARKED if marker else READY_AGED if aged else READY
 
     def mark_not_ready(self, index: int) -> None:
         """Stop serving chunk `index`."""
         self._ready[index] = NOT_READY
+
+    def age_all(self) -> None:
+        """Have the next touch of each chunk take the slow path once, which notes it as recently used."""
+        self._ready[:] = bytes(self._ready).translate(_AGED)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `[offset, offset + length)` from the disk (thread).
@@ -208,6 +214,31 @@ class ChunkFile:
         try:
             for index in indexes:
                 _write_all(self._map_fd, memoryview(bytes(SUM_BYTES)), SUMS_OFFSET + SUM_BYTES * index)
+        except OSError as exc:
+            raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
+
+    def drop(self, indexes: Sequence[int]) -> None:
+        """Forget these chunks and free their blocks (thread); ascending. Nobody may read or write them meanwhile.
+
+        Raises:
+            CacheError: some may be left; none counts whose checksum is gone, and those that are left are whole.
+        """
+        step = self.header.chunk_bytes
+        try:
+            for run in runs(indexes):
+                _write_all(self._map_fd, memoryview(bytes(SUM_BYTES * len(run))), SUMS_OFFSET + SUM_BYTES * run.start)
+                punch_hole(self.data_fd, run.start * step, len(run) * step)
+        except OSError as exc:
+            raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
+
+    def allocated_bytes(self) -> int:
+        """What both files hold of the disk, in allocated blocks (thread).
+
+        Raises:
+            CacheError: the disk gave an error.
+        """
+        try:
+            return 512 * (os.fstat(self.data_fd).st_blocks + os.fstat(self._map_fd).st_blocks)
         except OSError as exc:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
 

@@ -1,10 +1,10 @@
-"""What the transfers of one image bring and tell: chunks that are down, tries that failed, a disk that failed.
+"""What the transfers of one image bring and tell: chunks that are down, tries that failed.
 
 Owned by the trio loop; every method is one synchronous step.
 """
 
 import logging
-import math
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -13,14 +13,14 @@ from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.ledger import ChunkLedger
 from basefs.cache.outage import RetryGate
-from basefs.cache.receiver import Receiver
+from basefs.cache.receiver import Receiver, Store
+from basefs.cache.space import Room
 from basefs.cache.waiters import WaiterBoard
 from basefs.catalog.records import ImageEntry
+from basefs.core.inodes import image_inode
 
 log = logging.getLogger(__name__)
 
-DISK_RETRY_S = 10.0
-"""After the cache disk refused a byte, bytes go round it for so long before it is tried again."""
 LOOK_AGAIN_S = 3600.0
 """How long an image stays a streamed one before its store is asked for a range again (so it is by each server)."""
 
@@ -36,7 +36,6 @@ class Deliveries:
         self._board = board
         self._flights = flights
         self._services = services
-        self._disk_bad_until = -math.inf
         self.gate = RetryGate(entry.image_id, services.jitter, services.outage)
 
     @property
@@ -59,13 +58,35 @@ class Deliveries:
         self._board.all_failed(None)  # who waits for the stream looks again, and finds a quicker way
         self._services.changed(self._entry)
 
-    def new_receiver(self, present: bytes = b"") -> Receiver:
-        """A receiver for one transfer; `end_receiver` must follow."""
-        usable = self._ledger.file if trio.current_time() >= self._disk_bad_until else None
+    def new_receiver(
+        self, room: Room, *, present: bytes = b"", not_stored: Callable[[int], Awaitable[bool]] | None = None
+    ) -> Receiver:
+        """A receiver for one transfer that draws from `room`; `end_receiver` must follow. The rest: see `Receiver`."""
+        file = self._ledger.file
+        store: Store | None = None
+        if file is not None and self._services.health.is_usable:
+            inode = image_inode(self._entry.number)
+            store = Store(file=file, inode=inode, space=self._services.space, room=room)
         token = trio.lowlevel.current_trio_token()
-        receiver = Receiver(usable, self._ledger.chunk_bytes, self._arrived, token, present=present)
+        receiver = Receiver(
+            store, self._ledger.chunk_bytes, self._arrived, token, present=present, not_stored=not_stored
+        )
         self._flights.add(receiver)
         return receiver
+
+    def check_storable(self, room: Room, length: int) -> None:
+        """Return if what background work brings can be kept.
+
+        Raises:
+            CacheError: it cannot; the message says why.
+        """
+        if not self._services.health.is_usable:
+            raise errors.CacheError(f"image {self._entry.image_id}: {self._services.health.reason}")
+        if not room.left_bytes:
+            raise errors.CacheError(
+                f"image {self._entry.image_id}: the cache has no room for {length} bytes more, "
+                "and nothing else that is not in use"
+            )
 
     def end_receiver(self, receiver: Receiver) -> None:
         """The transfer is over."""
@@ -75,7 +96,8 @@ class Deliveries:
         """See `Arrived`."""
         self._entry.local.fetched_bytes += length
         if error is not None:
-            self.disk_failed(error)
+            self._services.health.failed(error)
+        self._services.evictor.look()
         chunk_bytes = self._ledger.chunk_bytes
         for index in range(first, first + -(-length // chunk_bytes)):
             if unstored is None:
@@ -84,7 +106,10 @@ class Deliveries:
             else:
                 self._ledger.not_stored(index)
                 at = (index - first) * chunk_bytes
-                self._board.arrived(index, unstored[at : at + chunk_bytes])
+                chunk = unstored[at : at + chunk_bytes]
+                self._services.evictor.counters.unstored_bytes += len(chunk)
+                self._services.unstored.put(self._entry.number, index, chunk)
+                self._board.arrived(index, chunk)
 
     def note_failure(self, error: errors.BasefsError) -> None:
         """A transfer failed: the gate closes, or the image is a stream from now on."""
@@ -98,12 +123,6 @@ class Deliveries:
             if isinstance(error, errors.ImageNotFoundError):
                 self._entry.is_gone = True
             self.gate.failed(error)
-
-    def disk_failed(self, error: errors.CacheError) -> None:
-        """The cache disk failed: go round it for a while."""
-        if trio.current_time() >= self._disk_bad_until:
-            log.warning("image %s: serving round the cache: %s", self._entry.image_id, error)
-        self._disk_bad_until = trio.current_time() + DISK_RETRY_S
 
     def tell_size(self) -> None:
         """Bring the entry's `cached_bytes` up to date."""

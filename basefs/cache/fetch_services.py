@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 
 import trio
 
+from basefs.cache.disk_health import DiskHealth
+from basefs.cache.evictor import Evictor
+from basefs.cache.space import CacheSpace
+from basefs.cache.unstored import UnstoredChunks
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.outage import Outage
 from basefs.concurrency.priority_slots import PrioritySlots
@@ -33,6 +37,10 @@ class FetchServices:
     jitter: Callable[[], float]
     changed: Callable[[ImageEntry], None]
     counters: FetchCounters
+    space: CacheSpace
+    health: DiskHealth
+    evictor: Evictor
+    unstored: UnstoredChunks
     forget_pages: Callable[[ImageEntry], None] = lambda _entry: None
     """Have the kernel throw away what it keeps of the image: some of it was wrong."""
     outage: Outage = field(default_factory=Outage)

@@ -4,7 +4,8 @@ Flights live in the service nursery: a reader may leave, the flight goes on. Own
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -21,13 +22,16 @@ class Flights:
         self._nursery = nursery
         self._scopes: set[trio.CancelScope] = set()
         self._receivers: set[Receiver] = set()
+        self._evictions = 0
+        self._no_evictions = trio.Event()
+        self._no_evictions.set()
         self._idle = trio.Event()
         self._idle.set()
 
     @property
     def under_way(self) -> int:
-        """Flights and transfers that were started and have not ended; those that wait for a slot, too."""
-        return len(self._scopes) + len(self._receivers)
+        """Flights, transfers and evictions that were started and have not ended; those that wait for a slot, too."""
+        return len(self._scopes) + len(self._receivers) + self._evictions
 
     def start(self, flight: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Run `flight(*arguments)` in the service nursery; `stop` and the end of the service cancel it."""
@@ -45,6 +49,25 @@ class Flights:
         """The transfer is over."""
         self._receivers.discard(receiver)
         self._end()
+
+    @contextmanager
+    def eviction(self) -> Iterator[None]:
+        """Chunks are being dropped while the body runs."""
+        if not self._evictions:
+            self._no_evictions = trio.Event()
+        self._evictions += 1
+        self._begin()
+        try:
+            yield
+        finally:
+            self._evictions -= 1
+            if not self._evictions:
+                self._no_evictions.set()
+            self._end()
+
+    async def wait_no_evictions(self) -> None:
+        """Return when no chunk is being dropped: what writes without a claim would be overtaken by it."""
+        await self._no_evictions.wait()
 
     def stop(self) -> None:
         """Have what is under way end now; what a flight that is not ours brings ends at its next piece."""

@@ -17,6 +17,7 @@ from basefs.cache.chunk_file import ChunkFile
 from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
+from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.ledger import STORED, ChunkLedger
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
@@ -39,18 +40,25 @@ class ImageFetcher:
     """One image's bytes, through its chunk file. `file` is None while the cache directory is not usable."""
 
     def __init__(
-        self, entry: ImageEntry, file: ChunkFile | None, states: bytearray, chunk_bytes: int, services: FetchServices
+        self,
+        entry: ImageEntry,
+        file: ChunkFile | None,
+        states: bytearray,
+        chunk_bytes: int,
+        services: FetchServices,
     ) -> None:
         self.entry = entry
         self.size = entry.size
         self.chunk_bytes = chunk_bytes
         self._services = services
         self._board = WaiterBoard()
-        self._ledger = ChunkLedger(states, file, size=entry.size, chunk_bytes=chunk_bytes)
+        age = services.evictor.age_of(entry.local.last_used_ns)
+        self._ledger = ChunkLedger(states, file, size=entry.size, chunk_bytes=chunk_bytes, age=age)
         self._flights = Flights(entry.image_id, services.nursery)
         self._deliveries = Deliveries(entry, self._ledger, self._board, self._flights, services)
         self._transfers = ImageTransfers(entry, self._ledger, self._board, self._flights, self._deliveries, services)
         self._verifier = ChunkVerifier(self._ledger, services.disk, self._damaged)
+        self.eviction = ImageEviction(entry, self._ledger, self._board, self._flights, self._deliveries, services)
         self._readers = 0
         self._no_readers = trio.Event()
         # With nothing to check the chunk file's own: a hit costs one call.
@@ -92,8 +100,9 @@ class ImageFetcher:
         Cancellation: at any time; transfers under way go on.
         """
         last_error: list[errors.BasefsError] = []
-        with self._reader(), trio.move_on_after(deadline_s):
-            return await self._read(offset, length, patient, last_error)
+        span = chunk_span(offset, length, self.chunk_bytes)
+        with self._reader(span), trio.move_on_after(deadline_s):
+            return await self._read(span, offset, length, patient, last_error)
         gate = self._deliveries.gate
         if (error := last_error[-1] if gate.is_open and last_error else gate.error) is not None:
             raise copy.copy(error)
@@ -102,26 +111,33 @@ class ImageFetcher:
         )
 
     @contextmanager
-    def _reader(self) -> Iterator[None]:
-        """Keeps the chunk file open while the body runs."""
+    def _reader(self, span: range) -> Iterator[None]:
+        """Keeps the chunk file open, and the chunks of `span` in it, while the body runs."""
         self._readers += 1
+        self._ledger.hold(span)
         try:
             yield
         finally:
+            self._ledger.release(span)
             self._readers -= 1
             if not self._readers:
                 self._no_readers.set()
                 self._no_readers = trio.Event()
 
-    async def _read(self, offset: int, length: int, patient: bool, last_error: list[errors.BasefsError]) -> bytes:
+    async def _read(
+        self, span: range, offset: int, length: int, patient: bool, last_error: list[errors.BasefsError]
+    ) -> bytes:
         """As `read`, without the deadline; `last_error` gets the failures that were waited through."""
-        span = chunk_span(offset, length, self.chunk_bytes)
         memory: dict[int, bytes | memoryview] = {}
         while True:
-            for marker, chunks in self._ledger.touch_markers(span):
+            for marker, chunks in self._ledger.touch(span):
                 self._transfers.read_ahead(marker, chunks)
             memory |= await self._verifier.verify(span)
             absent = [index for index in self._ledger.absent(span) if index not in memory]
+            for index in absent:
+                if (chunk := self._services.unstored.get(self.entry.number, index)) is not None:
+                    memory[index] = chunk
+            absent = [index for index in absent if index not in memory]
             if not absent:
                 data = await self._assemble(span, offset, length, memory)
                 if data is not None:
@@ -136,9 +152,9 @@ class ImageFetcher:
                     if not _may_pass(exc, patient=patient):
                         raise
 
-    async def _wait_for(self, absent: list[int]) -> dict[int, bytes]:
-        """Have `absent` chunks fetched and wait; those that the disk did not take are returned."""
-        waiter = self._board.add(absent)
+    async def _wait_for(self, absent: list[int], *, keeps: bool = True) -> dict[int, bytes]:
+        """Have `absent` chunks fetched and wait; those that are not in the cache are returned (see `Waiter`)."""
+        waiter = self._board.add(absent, keeps=keeps)
         try:
             self._transfers.demand(absent)
             await waiter.done.wait()
@@ -178,7 +194,7 @@ class ImageFetcher:
             try:
                 return await self._services.disk.run(file.read, offset, length)
             except errors.CacheError as exc:
-                self._deliveries.disk_failed(exc)
+                self._services.health.failed(exc)
         for index in span:
             self._ledger.lose(index)
         return None
@@ -191,7 +207,7 @@ class ImageFetcher:
         Raises:
             CacheError: the chunk file cannot be read at all.
         """
-        with self._reader():
+        with self._reader(span):
             here = self._ledger.here(span)
             damaged = await self._verifier.check_disk(span)
             if damaged is None:
@@ -216,13 +232,18 @@ class ImageFetcher:
         A streamed image is brought whole.
 
         Raises:
+            CacheError: what came could not be kept: the cache is full, or its disk fails.
             SourceError, ImageNotFoundError: the transfer failed.
         """
         if not self.is_streamed:
             return await self._transfers.background(max(1, bytes_max // self.chunk_bytes))
         absent = self._ledger.absent(range(len(self._ledger.states)))
         if absent:
-            await self._wait_for(absent)
+            length = len(absent) * self.chunk_bytes
+            async with self._services.evictor.room(length, background_for=self.entry.number) as room:
+                self._deliveries.check_storable(room, length)
+            if await self._wait_for(absent, keeps=False):
+                raise errors.CacheError(f"image {self.entry.image_id}: it could not be kept")
         return bool(absent)
 
     async def wait_retry(self) -> None:
@@ -234,11 +255,18 @@ class ImageFetcher:
         whole = len(header) if len(header) == self.size else len(header) // self.chunk_bytes * self.chunk_bytes
         if not whole:
             return
-        receiver = self._deliveries.new_receiver()
+        span = chunk_span(0, whole, self.chunk_bytes)
+        self._ledger.hold(span)  # it writes without claiming: see ImageStream
         try:
-            await self._services.disk.run(receiver.take, 0, header[:whole])
+            await self._flights.wait_no_evictions()
+            async with self._services.evictor.room(whole) as room:
+                receiver = self._deliveries.new_receiver(room)
+                try:
+                    await self._services.disk.run(receiver.take, 0, header[:whole])
+                finally:
+                    self._deliveries.end_receiver(receiver)
         finally:
-            self._deliveries.end_receiver(receiver)
+            self._ledger.release(span)
         self._deliveries.tell_size()
 
     def stop_unwanted(self) -> None:

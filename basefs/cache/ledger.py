@@ -1,27 +1,41 @@
 """What is known of each chunk of one image. Owned by the trio loop; every method is one synchronous step.
 
 One byte a chunk: MISSING; STORED (a checksum from an earlier life, not yet verified); READY; CLAIMED (one
-ranged flight fetches it). `ready` in the chunk file is set for exactly the READY chunks.
+ranged flight fetches it); EVICTING (a thread drops it: it is MISSING, and may be claimed, only afterwards).
+`ready` in the chunk file is set for exactly the READY chunks.
+
+A second byte a chunk is its age: how many sweeps of the evictor have passed since it was last used, NO_AGE for
+exactly the chunks that are not here. A sweep sets `ready` to a value that makes the next hit fail once; the slow
+path then finds an age above 0 and makes it 0. So hits keep no books (the CLOCK algorithm, with more than one bit).
 """
 
 from collections.abc import Iterable
 
 from basefs.cache.chunk_file import ChunkFile
+from basefs.core.byte_ranges import runs
 from basefs.core.readahead import MISSING, Window
 
-STORED, READY, CLAIMED = 1, 2, 3
+STORED, READY, CLAIMED, EVICTING = 1, 2, 3, 4
 _IN_FILE = bytes([STORED, READY])
+
+AGE_MAX = 63
+"""Chunks that were not used for so many sweeps or more are equally old."""
+NO_AGE = 255
+_OLDER = bytes(min(age + 1, AGE_MAX) if age <= AGE_MAX else age for age in range(256))
+_AGE_OF_STATE = bytes(0 if state in (STORED, READY) else NO_AGE for state in range(256))
 
 
 class ChunkLedger:
-    """The states of an image's chunks, in step with the chunk file's `ready` bytes."""
+    """The states of an image's chunks, in step with the chunk file's `ready` bytes. `age`: of those that are here."""
 
-    def __init__(self, states: bytearray, file: ChunkFile | None, *, size: int, chunk_bytes: int) -> None:
+    def __init__(self, states: bytearray, file: ChunkFile | None, *, size: int, chunk_bytes: int, age: int = 0) -> None:
         self.states = states
         self.file = file
         self.size = size
         self.chunk_bytes = chunk_bytes
+        self._ages = bytearray(states.translate(_AGE_OF_STATE).replace(b"\0", bytes([min(age, AGE_MAX)])))
         self._markers: dict[int, int] = {}  # to the length of their window, in chunks
+        self._held: dict[range, int] = {}
 
     @property
     def cached_bytes(self) -> int:
@@ -32,7 +46,7 @@ class ChunkLedger:
 
     def absent(self, span: Iterable[int]) -> list[int]:
         """Those of `span` that are not here, whether on their way or not."""
-        return [index for index in span if self.states[index] in (MISSING, CLAIMED)]
+        return [index for index in span if self.states[index] not in (STORED, READY)]
 
     def here(self, span: range) -> list[int]:
         """Those of `span` that are in the chunk file, verified or not."""
@@ -51,6 +65,8 @@ class ChunkLedger:
             return []
         return [index for index in span if self.states[index] == STORED]
 
+    # --- fetching ---------------------------------------------------------------------------------------
+
     def claim(self, window: Window) -> None:
         """Give the window's chunks, all MISSING, to one flight."""
         chunks = window.chunks
@@ -68,10 +84,14 @@ class ChunkLedger:
 
     def stored(self, index: int) -> None:
         """The chunk was written in this life, or its checksum was verified: serve it."""
-        if self.states[index] != READY:
-            self.states[index] = READY
-            if self.file is not None:
-                self.file.mark_ready(index, marker=index in self._markers)
+        state = self.states[index]
+        if state == READY:
+            return
+        self.states[index] = READY
+        if state != STORED:  # to be verified is no use: scrubbing must not make all chunks equally recent
+            self._ages[index] = 0
+        if self.file is not None:
+            self.file.mark_ready(index, marker=index in self._markers, aged=self._ages[index] > 0)
 
     def not_stored(self, index: int) -> None:
         """The chunk came down and the disk did not take it."""
@@ -81,14 +101,76 @@ class ChunkLedger:
     def lose(self, index: int) -> None:
         """The chunk's local bytes are damaged or gone: do not serve them."""
         if self.states[index] in (STORED, READY):
-            self.states[index] = MISSING
-            if self.file is not None:
-                self.file.mark_not_ready(index)
+            self._forget(index, MISSING)
 
-    def touch_markers(self, span: range) -> list[tuple[int, int]]:
-        """The read-ahead markers in `span` and the lengths of their windows; they are then unset."""
+    def _forget(self, index: int, state: int) -> None:
+        self.states[index] = state
+        self._ages[index] = NO_AGE
+        if self.file is not None:
+            self.file.mark_not_ready(index)
+
+    # --- use --------------------------------------------------------------------------------------------
+
+    def touch(self, span: range) -> list[tuple[int, int]]:
+        """Note that `span` is used; the read-ahead markers in it, which are then unset, and their windows' lengths."""
         touched = [index for index in self._markers if index in span] if self._markers else []
         for index in touched:
             if self.states[index] == READY and self.file is not None:
                 self.file.mark_ready(index)
+        if self._ages[span.start : span.stop].strip(b"\0"):
+            self._renew(span)
         return [(index, self._markers.pop(index)) for index in touched]
+
+    def _renew(self, span: range) -> None:
+        for index in span:
+            if 0 < self._ages[index] <= AGE_MAX:
+                self._ages[index] = 0
+                if self.states[index] == READY and self.file is not None:
+                    self.file.mark_ready(index, marker=index in self._markers)
+
+    def sweep(self) -> bool:
+        """Every chunk is one sweep older, until it is touched; whether any was used since the last sweep."""
+        was_used = 0 in self._ages
+        self._ages = self._ages.translate(_OLDER)
+        if self.file is not None:
+            self.file.age_all()
+        return was_used
+
+    def hold(self, span: range) -> None:
+        """Nobody may evict a chunk of `span` until `release` was called as often."""
+        self._held[span] = self._held.get(span, 0) + 1
+
+    def release(self, span: range) -> None:
+        """The counterpart of `hold`."""
+        holders = self._held.pop(span)
+        if holders > 1:
+            self._held[span] = holders - 1
+
+    # --- eviction ---------------------------------------------------------------------------------------
+
+    def ages(self) -> list[tuple[int, int]]:
+        """The ages that chunks have, oldest first, and the bytes of those chunks (the last chunk counts as whole)."""
+        return [(age, self._ages.count(age) * self.chunk_bytes) for age in range(AGE_MAX, -1, -1) if age in self._ages]
+
+    def claim_eviction(self, age: int, chunks_max: int) -> list[int]:
+        """Give at most `chunks_max` chunks that are at least `age` old to one evictor; ascending, none that is held.
+
+        They are EVICTING and are served no more; `evicted` must follow.
+        """
+        old = bytes(1 if age <= value <= AGE_MAX else 0 for value in range(256))
+        found = self._ages.translate(old)
+        for span in self._held:
+            found[span.start : span.stop] = bytes(len(span))
+        claimed: list[int] = []
+        index = found.find(1)
+        while index >= 0 and len(claimed) < chunks_max:
+            claimed.append(index)
+            self._forget(index, EVICTING)
+            self._markers.pop(index, None)
+            index = found.find(1, index + 1)
+        return claimed
+
+    def evicted(self, indexes: Iterable[int]) -> None:
+        """The evictor is done with them: they may be fetched again."""
+        for run in runs(indexes):
+            self.states[run.start : run.stop] = bytes(len(run))

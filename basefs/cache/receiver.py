@@ -1,15 +1,18 @@
 """The fetch thread's end of a transfer: takes pieces off the source, stores them, tells the loop.
 
 Runs in the thread and shares nothing with the loop but its constructor's arguments, the chunk file's disk
-methods, and the `stop` flag (written by the loop, read here; an assignment is atomic).
+methods, the accountant, and the `stop` flag (written by the loop, read here; an assignment is atomic).
 """
 
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile
+from basefs.cache.space import CacheSpace, Room
 from basefs.core.byte_ranges import runs
 
 
@@ -17,26 +20,59 @@ class Arrived(Protocol):
     """Called in the loop, in the order of the pieces, before the transfer's end is seen there."""
 
     def __call__(self, first: int, length: int, unstored: bytes | None, error: errors.CacheError | None) -> None:
-        """`length` bytes from chunk `first` on are down: in the chunk file, or, if it did not take them, `unstored`."""
+        """`length` bytes from chunk `first` on are down: in the chunk file, or, if they are not there, `unstored`.
+
+        `error` is why the disk did not take them; None where there was no room, or nobody tried.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """Where a transfer's chunks go, and the room that was promised to it."""
+
+    file: ChunkFile
+    inode: int
+    space: CacheSpace
+    room: Room
+
+    def put(self, offset: int, chunks: bytes) -> bool:
+        """Store whole chunks (thread); False where there is no room for them.
+
+        Raises:
+            CacheError: the disk did not take them.
+        """
+        if not self.space.reserve(len(chunks), self.room):
+            return False
+        try:
+            self.file.write_piece(offset, chunks)
+        finally:
+            self.space.settle(self.inode, len(chunks), self.file.allocated_bytes)
+        return True
 
 
 class Receiver:
-    """One transfer's receiver; `take` is the source's `Deliver`. `file` None: hand everything on in memory."""
+    """One transfer's receiver; `take` is the source's `Deliver`. `store` None: hand everything on in memory.
+
+    `not_stored` runs in the loop, while the thread waits, before chunks from the given one on are handed on in
+    memory; True: try once more to store them.
+    """
 
     def __init__(
         self,
-        file: ChunkFile | None,
+        store: Store | None,
         chunk_bytes: int,
         arrived: Arrived,
         token: trio.lowlevel.TrioToken,
         *,
         present: bytes = b"",
+        not_stored: Callable[[int], Awaitable[bool]] | None = None,
     ) -> None:
-        self._file = file
+        self._store = store
         self._chunk_bytes = chunk_bytes
         self._arrived = arrived
         self._token = token
         self._present = present
+        self._not_stored = not_stored
         self.stop = False
 
     def take(self, offset: int, piece: bytes) -> bool:
@@ -59,16 +95,18 @@ class Receiver:
         return index < len(self._present) and self._present[index] != 0
 
     def _take(self, first: int, chunks: bytes) -> None:
-        unstored: bytes | None = None
-        error: errors.CacheError | None = None
-        if self._file is None:
-            unstored = chunks
-        else:
-            try:
-                self._file.write_piece(first * self._chunk_bytes, chunks)
-            except errors.CacheError as exc:
-                unstored, error = chunks, exc
+        is_stored, error = self._put(first, chunks)
+        if not is_stored and self._not_stored is not None and trio.from_thread.run(self._not_stored, first):
+            is_stored, error = self._put(first, chunks)
         try:
-            self._token.run_sync_soon(self._arrived, first, len(chunks), unstored, error)
+            self._token.run_sync_soon(self._arrived, first, len(chunks), None if is_stored else chunks, error)
         except trio.RunFinishedError:
             self.stop = True
+
+    def _put(self, first: int, chunks: bytes) -> tuple[bool, errors.CacheError | None]:
+        if self._store is None:
+            return False, None
+        try:
+            return self._store.put(first * self._chunk_bytes, chunks), None
+        except errors.CacheError as exc:
+            return False, exc

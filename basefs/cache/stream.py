@@ -2,18 +2,27 @@
 
 At most one stream an image. Readers are served below its watermark; a stream that turns out wrong as a whole
 takes back what it brought. One that breaks begins again at byte 0, and passes over the chunks that are here.
+Where there is no room for what it brings, it goes on only as far as readers wait for it: what runs past them would
+be lost, and cost them another stream.
 """
+
+import trio
 
 from basefs import errors
 from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.ledger import READY, STORED, ChunkLedger
+from basefs.cache.space import Room
 from basefs.cache.waiters import WaiterBoard
 from basefs.catalog.records import ImageEntry
 from basefs.sources.base import Digest
 
 STREAM_PIECE_BYTES = 1 << 18
+ROOM_BYTES = 16 << 20
+"""Room that a stream asks for at a time; it takes minutes, and must not keep from others what it may need once."""
+PACE_S = 20.0
+"""A stream that cannot be stored and that nobody waits for ends after so long."""
 
 
 class ImageStream:
@@ -34,12 +43,12 @@ class ImageStream:
         self._flights = flights
         self._deliveries = deliveries
         self._services = services
-        self.is_running = False
+        self._is_running = False
 
     def start(self) -> None:
         """Have the whole image come from byte 0, unless it is coming already. Synchronous."""
-        if not self.is_running:
-            self.is_running = True
+        if not self._is_running:
+            self._is_running = True
             self._flights.start(self._fly)
 
     async def _fly(self) -> None:
@@ -48,7 +57,11 @@ class ImageStream:
         if record.os_hash_algo and record.os_hash_value:
             digest = Digest(algorithm=record.os_hash_algo, value=record.os_hash_value)
         error: errors.BasefsError | None = None
+        # It writes without claiming: no chunk may be dropped meanwhile, or the drop would overtake a write.
+        whole = range(len(self._ledger.states))
+        self._ledger.hold(whole)
         try:
+            await self._flights.wait_no_evictions()
             async with self._services.stream_slots.take(background=False):
                 error = await self._transfer(digest)
             if error is None:
@@ -56,13 +69,15 @@ class ImageStream:
             else:
                 self._deliveries.note_failure(error)
         finally:
-            self.is_running = False
+            self._is_running = False
+            self._ledger.release(whole)
             self._board.all_failed(error)
             self._deliveries.tell_size()
 
     async def _transfer(self, digest: Digest | None) -> errors.BasefsError | None:
         present = bytes(1 if state in (STORED, READY) else 0 for state in self._ledger.states)
-        receiver = self._deliveries.new_receiver(present=present)
+        room = Room(0)
+        receiver = self._deliveries.new_receiver(room, present=present, not_stored=self._not_stored)
         try:
             await self._services.source.fetch_stream(
                 self._entry.image_id,
@@ -80,6 +95,21 @@ class ImageStream:
             self._deliveries.end_receiver(receiver)
         return None
 
+    async def _not_stored(self, first: int) -> bool:
+        """The chunks from `first` on cannot be stored: make room, or wait until somebody waits for them.
+
+        True: try again to store them; False: go round the cache. Called from the fetch thread.
+        """
+        if self._services.health.is_usable:
+            async with self._services.evictor.room(ROOM_BYTES) as room:
+                if room.left_bytes:
+                    return True
+        with trio.move_on_after(PACE_S) as waited:
+            await self._board.wait_wanted(first)
+        if waited.cancelled_caught:
+            self._flights.stop()
+        return False
+
     async def _quarantine(self, present_before: bytes) -> None:
         """The stream turned out wrong as a whole: nothing that it brought may be served again."""
         states = self._ledger.states
@@ -87,8 +117,9 @@ class ImageStream:
         for index in lost:
             self._ledger.lose(index)
         self._services.forget_pages(self._entry)
+        self._services.unstored.forget(self._entry.number)
         if self._ledger.file is not None:
             try:
                 await self._services.disk.run(self._ledger.file.clear, lost)
             except errors.CacheError as exc:
-                self._deliveries.disk_failed(exc)
+                self._services.health.failed(exc)

@@ -15,6 +15,7 @@ from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.ledger import ChunkLedger
+from basefs.cache.space import Room
 from basefs.cache.stream import ImageStream
 from basefs.cache.waiters import WaiterBoard
 from basefs.catalog.records import ImageEntry
@@ -73,17 +74,23 @@ class ImageTransfers:
         """Fetch one run of at most `chunks_max` missing chunks at background priority; False when none is missing.
 
         Raises:
+            CacheError: what came could not be kept.
             SourceError, ImageNotFoundError: the transfer failed.
         """
-        async with self._services.slots.take(background=True):
+        length = min(chunks_max * self._ledger.chunk_bytes, self._ledger.size)
+        async with (
+            self._services.slots.take(background=True),
+            self._services.evictor.room(length, background_for=self._entry.number) as room,
+        ):
             states = self._ledger.states
             index = states.find(b"\0")
             if index < 0:
                 return False
+            self._deliveries.check_storable(room, length)
             here = states[index : index + chunks_max]
             chunks = range(index, index + len(here) - len(here.lstrip(b"\0")))
             self._ledger.claim(Window(chunks, None))
-            error = await self._transfer(chunks)
+            error = await self._transfer(chunks, room)
         if error is not None:
             raise copy.copy(error)
         return True
@@ -94,7 +101,8 @@ class ImageTransfers:
         try:
             async with self._services.slots.take(background=False):
                 if self._deliveries.gate.is_open:
-                    await self._transfer(chunks)
+                    async with self._services.evictor.room(self._length(chunks)) as room:
+                        await self._transfer(chunks, room)
                 else:
                     # The gate closed while this waited for a slot: it would only fail, too.
                     self._board.failed(self._ledger.unclaim(chunks), self._deliveries.gate.error)
@@ -104,10 +112,24 @@ class ImageTransfers:
 
     async def _fly_ahead(self, marker: int, length: int) -> None:
         async with self._services.slots.take(background=True):
-            window = window_ahead(self._ledger.states, marker, length, self._policy)
-            if window is not None and self._deliveries.gate.is_open:
-                self._ledger.claim(window)
-                await self._transfer(window.chunks)
+            window = self._window_ahead(marker, length)
+            if window is None:
+                return
+            async with self._services.evictor.room(self._length(window.chunks)) as room:
+                # Looked up again, for making room takes time; and what nobody asked for is not fetched to be lost.
+                window = self._window_ahead(marker, length)
+                if window is not None and room.left_bytes:
+                    self._ledger.claim(window)
+                    await self._transfer(window.chunks, room)
+
+    def _window_ahead(self, marker: int, length: int) -> Window | None:
+        if not self._deliveries.gate.is_open:
+            return None
+        return window_ahead(self._ledger.states, marker, length, self._policy)
+
+    def _length(self, chunks: range) -> int:
+        chunk_bytes = self._ledger.chunk_bytes
+        return min(chunks.stop * chunk_bytes, self._ledger.size) - chunks.start * chunk_bytes
 
     async def _look_again(self) -> None:
         """Ask for a range of a streamed image; beside the stream, so that nobody waits for the answer."""
@@ -119,23 +141,22 @@ class ImageTransfers:
                 if probe.kind == "ranged":
                     self._deliveries.ranged(probe.reason)
 
-    async def _transfer(self, chunks: range) -> errors.BasefsError | None:
+    async def _transfer(self, chunks: range, room: Room) -> errors.BasefsError | None:
         """Fetch claimed `chunks` and settle them; the error, if there was one, was told to the waiters.
 
         Cancellation (a warming that was stopped, the end of the service) is no failure: waiters look again.
         """
         chunk_bytes = self._ledger.chunk_bytes
-        offset = chunks.start * chunk_bytes
-        length = min(chunks.stop * chunk_bytes, self._ledger.size) - offset
+        length = self._length(chunks)
         # Small pieces wake waiters early, large ones cost less: a hand-over to the loop takes about 30 us.
         piece_bytes = max(chunk_bytes, min(PIECE_BYTES_MAX, length // 8 // chunk_bytes * chunk_bytes))
-        receiver = self._deliveries.new_receiver()
+        receiver = self._deliveries.new_receiver(room)
         error: errors.BasefsError | None = None
         try:
             await self._services.source.fetch_range(
                 self._entry.image_id,
                 size=self._ledger.size,
-                offset=offset,
+                offset=chunks.start * chunk_bytes,
                 length=length,
                 piece_bytes=piece_bytes,
                 deliver=receiver.take,

@@ -57,7 +57,11 @@ class ChunkVerifier:
         if file is None or not self._ledger.unverified(span):
             return {}
         here = self._ledger.here(span)
-        right = await self._disk.run(_right_chunks, file, here)
+        self._ledger.hold(span)  # a chunk that is dropped meanwhile would look damaged
+        try:
+            right = await self._disk.run(_right_chunks, file, here)
+        finally:
+            self._ledger.release(span)
         lost = []
         for index in self._ledger.here(span):
             if index in right:

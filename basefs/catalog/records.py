@@ -50,6 +50,7 @@ class LocalState:
     `used_at_ns` is None until the first open, utime or warm: only then the image has local state and
     its own mtime. `fetched_bytes` counts what was ever fetched for it here, header included;
     `cached_bytes` is what is in the chunk file (while that is closed: as of its last closing).
+    `last_used_ns` is when it was last opened, closed or seen to be read: what the evictor goes by.
     """
 
     used_at_ns: int | None = None
@@ -62,6 +63,8 @@ class LocalState:
     cached_bytes: int = 0
     source_kind: str | None = None
     source_reason: str | None = None
+    last_used_ns: int | None = None
+    pinned: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -33,6 +33,8 @@ COMMANDS = {
     "image warm": "image:ImageWarm",
     "image evict": "image:ImageEvict",
     "image verify": "image_verify:ImageVerify",
+    "image pin": "image:ImagePin",
+    "image unpin": "image:ImageUnpin",
 }
 USAGE_ERROR = 2
 

@@ -1,4 +1,4 @@
-"""`basefs image list|show|warm|evict`."""
+"""`basefs image list|show|warm|evict|pin|unpin`."""
 
 import argparse
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, cell, columns
 from basefs.cli.progress import progress_reporter
 from basefs.errors import ControlError
 
-LIST_COLUMNS = ("id", "name", "base_name", "disk_format", "size", "cached_bytes", "state")
+LIST_COLUMNS = ("id", "name", "base_name", "disk_format", "size", "cached_bytes", "state", "in_use")
 
 
 class ImageList(BasefsCommand, Lister):
@@ -48,6 +48,24 @@ class ImageEvict(_ImageCommand):
         """Returns when the bytes are gone."""
         answer = self.client().evict(parsed_args.ref)
         self.app.stdout.write(f"evicted {human_bytes(answer['evicted_bytes'])}\n")
+
+
+class ImagePin(_ImageCommand):
+    """Keep what is here of an image: cache limits evict it last, and nova's removal of the base does not drop it."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        """Returns when the image is pinned."""
+        answer = self.client().pin(parsed_args.ref, pinned=True)
+        self.app.stdout.write(f"pinned {answer['image_id']}; `basefs image warm` brings all of it\n")
+
+
+class ImageUnpin(_ImageCommand):
+    """Treat an image like all others again."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        """Returns when the image is pinned no more."""
+        answer = self.client().pin(parsed_args.ref, pinned=False)
+        self.app.stdout.write(f"unpinned {answer['image_id']}\n")
 
 
 class ImageWarm(_ImageCommand):

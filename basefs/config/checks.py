@@ -12,6 +12,8 @@ from basefs.errors import ConfigError
 from basefs.keeper_spec import REQUEST_SOCKET_SUFFIX
 
 PAGE_BYTES = 4096
+CACHE_REQUESTS_MIN = 8
+"""Requests in flight that a cache must have room for."""
 SOCKET_PATH_BYTES_MAX = 107
 """sun_path of Linux without its NUL."""
 
@@ -43,6 +45,12 @@ def _size_problems(settings: Settings) -> Iterator[str]:
         yield (
             f"[basefs] fetch_request_bytes_max = {settings.fetch_request_bytes_max} is no multiple of "
             f"chunk_bytes = {chunk_bytes}"
+        )
+    cache_least = CACHE_REQUESTS_MIN * settings.fetch_request_bytes_max
+    if 0 < settings.cache_max_bytes < cache_least:
+        yield (
+            f"[basefs] cache_max_bytes = {settings.cache_max_bytes} is less than {CACHE_REQUESTS_MIN} times "
+            f"fetch_request_bytes_max = {settings.fetch_request_bytes_max}; 0 is no limit"
         )
     if settings.read_ahead_bytes % PAGE_BYTES:
         yield f"[basefs] read_ahead_bytes = {settings.read_ahead_bytes} is no multiple of {PAGE_BYTES}"

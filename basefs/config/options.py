@@ -71,6 +71,23 @@ _SHOWN = [
     ),
 ]
 
+_CACHE = [
+    cfg.IntOpt(
+        "cache_max_bytes",
+        default=0,
+        min=0,
+        help="The cache may hold so many bytes, in allocated blocks; 0: no limit but cache_min_free_bytes. Else at "
+        "least 8 times fetch_request_bytes_max. Least recently used chunks go first, those of images in use last.",
+    ),
+    cfg.IntOpt(
+        "cache_min_free_bytes",
+        default=1024 * MIB,
+        min=0,
+        help="The cache leaves so many bytes free on its disk, whoever uses the rest; 0: none. 1 GiB keeps a disk "
+        "that others write to, too, from filling up between two looks at it.",
+    ),
+]
+
 _FETCHING = [
     cfg.IntOpt(
         "chunk_bytes",
@@ -198,7 +215,7 @@ _REPLACING = [
     ),
 ]
 
-BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_FETCHING, *_TIMES, *_INTEGRITY, *_OPERATIONS, *_REPLACING]
+BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_CACHE, *_FETCHING, *_TIMES, *_INTEGRITY, *_OPERATIONS, *_REPLACING]
 
 
 def glance_common_opts() -> list[cfg.Opt]:

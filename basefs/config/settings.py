@@ -24,6 +24,8 @@ class Settings:
     view: View
     verify_glance_signatures: bool
     chunk_bytes: int
+    cache_max_bytes: int
+    cache_min_free_bytes: int
     fetch_threads_max: int
     fetch_request_bytes_max: int
     read_ahead_bytes: int

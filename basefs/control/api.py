@@ -61,6 +61,10 @@ class ServiceView(Protocol):
         """Drop the image's local bytes: `evicted_bytes`.
 
         Raises:
-            ImageBusyError: The image is open.
+            ImageBusyError: The image is open or pinned.
         """
+        ...
+
+    def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
+        """Keep what is here of the image, or no longer: `image_id`, `pinned`."""
         ...

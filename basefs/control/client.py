@@ -73,6 +73,10 @@ class ControlClient:
         """Drop the image's local bytes."""
         return self._object("POST", _image_path(ref) + "/evict")
 
+    def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
+        """Keep what is here of the image, or no longer."""
+        return self._object("POST", _image_path(ref) + ("/pin" if pinned else "/unpin"))
+
     def _object(self, method: str, path: str) -> dict[str, Any]:
         answer = self._call(method, path)
         if not isinstance(answer, dict):

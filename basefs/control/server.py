@@ -113,6 +113,12 @@ def _application(view: ServiceView) -> Starlette:
     async def evict(request: Request) -> Response:
         return JSONResponse(await view.evict(request.path_params["ref"]))
 
+    async def pin(request: Request) -> Response:
+        return JSONResponse(view.pin(request.path_params["ref"], pinned=True))
+
+    async def unpin(request: Request) -> Response:
+        return JSONResponse(view.pin(request.path_params["ref"], pinned=False))
+
     # Image names may hold slashes: the reference is what lies between the prefix and the verb.
     return Starlette(
         routes=[
@@ -122,6 +128,8 @@ def _application(view: ServiceView) -> Starlette:
             Route(f"{API_PREFIX}/verify", verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/verify", verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/evict", evict, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/pin", pin, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/unpin", unpin, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}", image, methods=["GET"]),
         ],
         exception_handlers={BasefsError: _answer_error},

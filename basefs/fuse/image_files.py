@@ -272,10 +272,15 @@ class ImageFiles:
     # --- unlink -----------------------------------------------------------------------------------------
 
     async def unlink(self, entry: ImageEntry) -> None:
-        """Drop the local bytes, now or at the last close. Never fails; the name stays, Glance keeps the image."""
+        """Drop the local bytes, now or at the last close. Never fails; the name stays, Glance keeps the image.
+
+        Those of a pinned image stay: pins are for what nova's cache manager takes for unused.
+        """
         local = entry.local
         local.used_at_ns = local.mtime_ns = local.atime_ns = None
         await self._stored(entry)
+        if local.pinned:
+            return
         if self._handler.open_handles(entry):
             self._opens.set_unlinked(entry.number, is_unlinked=True)
         else:
@@ -283,8 +288,9 @@ class ImageFiles:
 
     async def _remove(self, entry: ImageEntry) -> None:
         try:
-            with trio.move_on_after(REMOVE_WAIT_S):
-                await self._handler.remove_image(entry)
+            if not entry.local.pinned:  # it may have been pinned between unlink and the last close
+                with trio.move_on_after(REMOVE_WAIT_S):
+                    await self._handler.remove_image(entry)
         except errors.CacheError as exc:
             # What stays is right still, and found again by its checksums; nova would log an error for ever.
             log.warning("image %s: its local bytes were not removed: %s", entry.image_id, exc)

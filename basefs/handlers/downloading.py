@@ -6,6 +6,7 @@ IDLE_IMAGES_MAX are closed.
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -110,6 +111,10 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         """The numbers of the images that have a chunk file."""
         return await self._services.disk.run(_stored_numbers, self._chunks_dir)
 
+    def fetchers(self) -> list[ImageFetcher]:
+        """Those of the prepared images."""
+        return [image.fetcher for image in self._images.values()]
+
     async def _fetcher_of(self, entry: ImageEntry) -> ImageFetcher:
         return (await self.fetch_image(entry)).fetcher
 
@@ -118,8 +123,11 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         wanted = ChunkMapHeader(image_id=entry.image_id, size=entry.size, chunk_bytes=self._chunk_bytes)
         inode = image_inode(entry.number)
         file: ChunkFile | None = None
+        disk, space = self._services.disk, self._services.space
         try:
-            file, states = await self._services.disk.run(open_chunk_file, self._chunks_dir, inode, wanted)
+            opened, states = await disk.run(open_chunk_file, self._chunks_dir, inode, wanted)
+            await disk.run(space.settle, inode, 0, opened.allocated_bytes)
+            file = opened
         except errors.CacheError as exc:
             log.warning("image %s: serving it round the cache: %s", entry.image_id, exc)
             states = bytearray(wanted.chunks)
@@ -131,6 +139,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         """See the base class. `image` is the last `fetch_image` gave for this entry, with no await since."""
         ours = self._images.pop(entry.number)
         assert ours is image, "an image was opened that is not the prepared one"
+        self._note_use(entry)
         self._images[entry.number] = ours
         self._opens[entry.number] += 1
 
@@ -139,11 +148,16 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._opens[entry.number] -= 1
         if self._opens[entry.number] <= 0:
             del self._opens[entry.number]
+        self._note_use(entry)
         await self._close_idle()
 
     def restore_opens(self, handles: Mapping[int, int]) -> None:
         """See the base class."""
         self._opens = Counter(handles)
+
+    def _note_use(self, entry: ImageEntry) -> None:
+        entry.local.last_used_ns = time.time_ns()
+        self._services.changed(entry)
 
     def open_handles(self, entry: ImageEntry) -> int:
         """See the base class."""
@@ -174,7 +188,10 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
             dropped = entry.local.cached_bytes if image is None else image.fetcher.cached_bytes
             if image is not None:
                 await image.fetcher.close()
-            await self._services.disk.run(remove_files, self._chunks_dir, image_inode(entry.number))
+            inode = image_inode(entry.number)
+            await self._services.disk.run(remove_files, self._chunks_dir, inode)
+            await self._services.disk.run(self._services.space.forget, inode)
+            self._services.unstored.forget(entry.number)
         except OSError as exc:
             raise errors.CacheError(f"image {entry.image_id}: {exc}") from exc
         finally:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from basefs.catalog.records import ImageEntry
 from basefs.handlers.base import TemplateImageHandler
 from basefs.handlers.gate import ServableGate
+from basefs.handlers.uses import ImageUses
 
 ImageState = Literal["refused", "unchecked", "cold", "partial", "warming", "complete"]
 
@@ -26,7 +27,9 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
     return "partial" if entry.local.used_at_ns is not None else "cold"
 
 
-def image_report(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler, view: str) -> dict[str, Any]:
+def image_report(
+    entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler, uses: ImageUses, view: str
+) -> dict[str, Any]:
     """Everything about one image, as JSON values. Holds no secret."""
     record, local = entry.record, entry.local
     return {
@@ -44,6 +47,8 @@ def image_report(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHa
         "handler": handler.name,
         "source": local.source_kind,
         "source_reason": local.source_reason,
+        "pinned": local.pinned,
+        "in_use": "; ".join(uses.why_in_use(entry)),
         "open_handles": handler.open_handles(entry),
         "refused_reason": gate.refused_reason(entry),
     }

@@ -13,18 +13,15 @@ import importlib.metadata
 import logging
 import os
 import pwd
-import random
 import threading
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from basefs import errors
-from basefs.cache.fetch_services import FetchCounters, FetchServices
+from basefs.cache.fetch_services import FetchCounters
 from basefs.cache.state_db import StateDatabase
 from basefs.catalog.glance_catalog import Catalog
-from basefs.concurrency.priority_slots import PrioritySlots
-from basefs.concurrency.threads import BlockingCalls
 from basefs.config import Settings
 from basefs.config.listen import listen_address
 from basefs.control.listener import ControlListener
@@ -37,10 +34,10 @@ from basefs.fuse.operations import Operations
 from basefs.fuse.virtual_tree import HELD_PREFIX as VIRTUAL_PREFIX
 from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
-from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.service import last_config
 from basefs.service.arguments import Arguments, option_texts, with_fixed
+from basefs.service.cache_parts import STREAMS_MAX, build_cache
 from basefs.service.inherited import open_database, open_lower_tree, open_open_table
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
@@ -55,11 +52,6 @@ from basefs.sources.metadata import GlanceMetadata
 
 log = logging.getLogger(__name__)
 
-DISK_THREADS_MAX = 16
-STREAMS_MAX = 8
-"""Images that come as one stream at a time; apart from `fetch_threads_max`, for a stream takes minutes."""
-BACKGROUND_RESERVE = 2
-"""Request slots that background work leaves to readers."""
 GUEST_USERS = ("libvirt-qemu", "qemu")
 STOP_LIMIT_S = 5.0
 """How long the end of the service may take before what hangs is left behind; a keeper waits as long."""
@@ -110,7 +102,19 @@ class Service:
         await catalog.load()
         counters = FetchCounters()
         source = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
-        handler = await self._handler(nursery, source, catalog, counters)
+        is_first = self._channel.begun.get("reason", "first") == "first"
+        pages = KernelPages(self._arguments.session_fd, nursery)
+        cache = await build_cache(
+            nursery,
+            source,
+            catalog,
+            counters,
+            settings,
+            outage=self._access.endpoints.outage,
+            forget_pages=lambda entry: pages.forget(image_inode(entry.number)),
+            is_first=is_first,
+        )
+        handler = cache.handler
         integrity = Integrity(catalog, handler, database, settings)
         gate = ServableGate(
             source,
@@ -133,6 +137,7 @@ class Service:
             check_deadline_s=settings.lookup_deadline_s,
             counters=counters,
             integrity=integrity,
+            cache=cache,
         )
         opens = await open_open_table(self._channel)
         images = ImageFiles(catalog, gate, handler, self._file_settings(), nursery, opens, stored=database.stored)
@@ -180,34 +185,6 @@ class Service:
         await handler.close()
         await self._channel.flush()
 
-    async def _handler(
-        self, nursery: trio.Nursery, source: GlanceSource, catalog: Catalog, counters: FetchCounters
-    ) -> DownloadingTemplateImageHandler:
-        settings = self._settings
-        pages = KernelPages(self._arguments.session_fd, nursery)
-        services = FetchServices(
-            nursery=nursery,
-            source=source,
-            slots=PrioritySlots(settings.fetch_threads_max, reserved=BACKGROUND_RESERVE),
-            stream_slots=PrioritySlots(STREAMS_MAX, reserved=0),
-            disk=BlockingCalls("disk", threads_max=DISK_THREADS_MAX),
-            request_bytes_max=settings.fetch_request_bytes_max,
-            jitter=random.random,
-            changed=catalog.touch,
-            counters=counters,
-            outage=self._access.endpoints.outage,
-            forget_pages=lambda entry: pages.forget(image_inode(entry.number)),
-        )
-        handler = DownloadingTemplateImageHandler(self._chunks_dir, settings.chunk_bytes, services)
-        known = {entry.number for entry in catalog.entries()}
-        if self._channel.begun.get("reason", "first") == "first":
-            await handler.init()
-            await handler.remove_unknown(known)
-        else:
-            # The mount waits, and a cache disk that fails or hangs by now is no reason not to serve.
-            nursery.start_soon(_tidy_cache, handler, known)
-        return handler
-
     def _file_settings(self) -> ImageFileSettings:
         settings = self._settings
         lower = os.fstat(self._arguments.lower_fd)
@@ -219,15 +196,6 @@ class Service:
             owner_uid=lower.st_uid,
             owner_gid=lower.st_gid,
         )
-
-
-async def _tidy_cache(handler: DownloadingTemplateImageHandler, known_numbers: set[int]) -> None:
-    """Ends when the cache disk has answered."""
-    try:
-        await handler.init()
-        await handler.remove_unknown(known_numbers)
-    except (errors.CacheError, OSError) as exc:
-        log.warning("the cache directory was not tidied up: %s", exc)
 
 
 async def _serve_commands(view: View, listener: ControlListener) -> None:

@@ -18,6 +18,7 @@ from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.report import image_report
+from basefs.service.cache_parts import CacheParts
 from basefs.service.integrity import Integrity
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
@@ -40,6 +41,7 @@ class View:
         check_deadline_s: float,
         counters: FetchCounters,
         integrity: Integrity,
+        cache: CacheParts,
     ) -> None:
         self._catalog = catalog
         self._gate = gate
@@ -52,6 +54,7 @@ class View:
         self._check_deadline_s = check_deadline_s
         self._counters = counters
         self._integrity = integrity
+        self._cache = cache
         self._started_at = trio.current_time()
         self.operations: Operations | None = None
         self.state = "starting"
@@ -71,11 +74,13 @@ class View:
             "view": self._view,
             "images": len(entries),
             "images_refused": refused,
-            "images_in_use": sum(1 for entry in entries if self._handler.open_handles(entry)),
+            "images_in_use": sum(1 for entry in entries if self._cache.uses.why_in_use(entry)),
+            "images_pinned": sum(1 for entry in entries if entry.local.pinned),
             "open_handles": sum(self._handler.open_handles(entry) for entry in entries),
             "fetched_bytes": self._source.received_bytes,
             "fetch_requests": self._source.requests,
             "cache_bytes": sum(entry.local.cached_bytes for entry in entries),
+            **self._cache.status(),
             "damaged_chunks": self._counters.damaged_chunks,
             **self._integrity.status(),
             "glance_reachable": contact.reachable,
@@ -103,7 +108,7 @@ class View:
 
     def report(self, entry: ImageEntry) -> dict[str, Any]:
         """Everything about one image."""
-        return image_report(entry, self._gate, self._handler, self._view)
+        return image_report(entry, self._gate, self._handler, self._cache.uses, self._view)
 
     async def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
         """See `ServiceView.warm`."""
@@ -151,5 +156,14 @@ class View:
         handles = self._handler.open_handles(entry)
         if handles:
             raise errors.ImageBusyError(f"image {entry.image_id} is open ({handles} handles); its bytes are kept")
+        if entry.local.pinned:
+            raise errors.ImageBusyError(f"image {entry.image_id} is pinned; its bytes are kept (basefs image unpin)")
         entry.local.used_at_ns = entry.local.mtime_ns = entry.local.atime_ns = None
         return {"image_id": entry.image_id, "evicted_bytes": await self._handler.remove_image(entry)}
+
+    def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
+        """See `ServiceView.pin`."""
+        entry = self._catalog.find(ref)
+        entry.local.pinned = pinned
+        self._catalog.touch(entry)
+        return {"image_id": entry.image_id, "pinned": pinned}

@@ -9,14 +9,13 @@ import pytest
 import trio
 
 from basefs.cache.chunk_file import open_chunk_file
-from basefs.cache.fetch_services import FetchCounters, FetchServices
+from basefs.cache.fetch_services import FetchCounters
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.catalog.records import ImageEntry, ImageRecord
-from basefs.concurrency.priority_slots import PrioritySlots
-from basefs.concurrency.threads import BlockingCalls
 from basefs.core.chunk_map import ChunkMapHeader
 from basefs.core.names import base_name_of
 from tests.cache.memory_source import MemorySource
+from tests.cache.services import make_services
 
 CHUNK = 16 * 1024
 IMAGE_ID = "11111111-2222-3333-4444-555555555555"
@@ -59,17 +58,7 @@ def fetchers(tmp_path: Path, counters: FetchCounters) -> Fetchers:
     async def make(source: MemorySource, *, entry: ImageEntry | None = None) -> AsyncIterator[ImageFetcher]:
         entry = entry or make_entry(len(source.images[IMAGE_ID]))
         async with trio.open_nursery() as nursery:
-            services = FetchServices(
-                nursery=nursery,
-                source=source,
-                slots=PrioritySlots(4, reserved=2),
-                stream_slots=PrioritySlots(2, reserved=0),
-                disk=BlockingCalls("disk", threads_max=4),
-                request_bytes_max=1 << 20,
-                jitter=lambda: 0.5,
-                changed=lambda _entry: None,
-                counters=counters,
-            )
+            services = make_services(nursery, source, tmp_path, counters=counters)
             wanted = ChunkMapHeader(image_id=entry.image_id, size=entry.size, chunk_bytes=CHUNK)
             file, states = open_chunk_file(tmp_path, 42, wanted)
             fetcher = ImageFetcher(entry, file, states, file.header.chunk_bytes, services)

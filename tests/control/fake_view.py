@@ -73,3 +73,6 @@ class FakeView:
             raise ZeroDivisionError
         self.image(ref)
         return {"evicted_bytes": 4096}
+
+    def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
+        return {"image_id": self.image(ref)["id"], "pinned": pinned}

@@ -10,14 +10,12 @@ import trio.testing
 
 from basefs import errors
 from basefs.cache.chunk_file import data_path
-from basefs.cache.fetch_services import FetchCounters, FetchServices
-from basefs.concurrency.priority_slots import PrioritySlots
-from basefs.concurrency.threads import BlockingCalls
 from basefs.core.inodes import image_inode
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from tests.cache.conftest import CHUNK, IMAGE_ID, make_entry
 from tests.cache.memory_source import MemorySource
+from tests.cache.services import make_services
 
 IMAGE = bytes(range(256)) * 400
 PATIENCE = Patience(deadline_s=30, is_guest=False)
@@ -28,17 +26,7 @@ async def a_handler(
     directory: Path, source: MemorySource | None = None
 ) -> AsyncIterator[DownloadingTemplateImageHandler]:
     async with trio.open_nursery() as nursery:
-        services = FetchServices(
-            nursery=nursery,
-            source=source or MemorySource({IMAGE_ID: IMAGE}),
-            slots=PrioritySlots(4, reserved=2),
-            stream_slots=PrioritySlots(2, reserved=0),
-            disk=BlockingCalls("disk", threads_max=4),
-            request_bytes_max=1 << 20,
-            jitter=lambda: 0.5,
-            changed=lambda _entry: None,
-            counters=FetchCounters(),
-        )
+        services = make_services(nursery, source or MemorySource({IMAGE_ID: IMAGE}), directory)
         handler = DownloadingTemplateImageHandler(directory, CHUNK, services)
         await handler.init()
         yield handler
