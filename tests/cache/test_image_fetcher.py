@@ -200,7 +200,7 @@ async def test_a_stream_with_a_wrong_hash_leaves_nothing_behind(
     entry.local.source_kind = "streamed"
     async with fetchers(source, entry=entry) as fetcher:
         await read(fetcher, len(image) - 10, 10)
-        await trio.testing.wait_all_tasks_blocked(0.05)
+        await fetcher._flights.wait_idle()
         assert fetcher.cached_bytes == 0
         assert fetcher.hit(0, 10) is None
 
