@@ -38,8 +38,8 @@ LOOK_EVERY_S = 10.0
 MAKE_ROOM_S = 5.0
 HOPELESS_S = 2.0
 """After a pass that found nothing to evict, nobody looks again for so long."""
-PASSES_MAX = 3
-"""Images may be opened while a pass goes on, so that it finds less than it saw."""
+PASSES_MAX = 10
+"""Images are opened and read while a pass goes on, so that it finds less than it saw."""
 UNUSED, UNUSED_STREAM, IN_USE, PINNED = 0, 1, 2, 3
 
 
@@ -273,13 +273,17 @@ class Evictor:
         if ask.is_relief:
             await self._free(contents, ask)
             return
+        fruitless = 0
         for _ in range(PASSES_MAX):
             if ask.is_over:
                 return
             ask.room = self._space.promise(ask.length)
             if ask.room is not None:
                 return
+            if fruitless > 1:
+                break
             await self._free(contents, ask)
+            fruitless = 0 if ask.freed_bytes else fruitless + 1
         if not ask.is_over:
             ask.room = self._space.promise(ask.length)
         if ask.room is None and ask.spare is None:
