@@ -8,7 +8,7 @@ from basefs.errors import BasefsError
 from basefs.hardening import set_oom_score
 from basefs.keeper_handover import Event, Handover
 from basefs.keeper_spec import KeeperSpec
-from basefs.server_process import END_LIMIT_S, ServerProcess, describe_exit
+from basefs.server_process import END_LIMIT_S, ServerProcess, describe_exit, may_raise_priority
 
 MESSAGES_A_WAKE = 100
 """A server that talks without end must not keep the others waiting."""
@@ -34,6 +34,7 @@ class Servers:
         self._handover = handover
         self._fds = {"lower_fd": lower_fd, "lock_fd": lock_fd}
         self._oom_score = oom_score
+        self._may_nice = may_raise_priority()
         self._running: list[ServerProcess] = []
 
     def start(
@@ -57,7 +58,7 @@ class Servers:
         }
         fds = self._fds if config_fd is None else {**self._fds, "config_fd": config_fd}
         try:
-            server = ServerProcess(spec.server_command, arguments, fds=fds, nice=nice)
+            server = ServerProcess(spec.server_command, arguments, fds=fds, nice=nice if self._may_nice else 0)
         except OSError as exc:
             raise ServerFailedError(f"cannot start {spec.server_command[0]}: {exc.strerror}") from None
         set_oom_score(server.pid, self._oom_score)

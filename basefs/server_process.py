@@ -158,6 +158,17 @@ class ServerProcess:
         os.close(self.pidfd)
 
 
+def may_raise_priority() -> bool:
+    """Whether a child that was started at a low priority can be given ours again: root may, unless it is confined."""
+    try:
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, own + 1)
+        os.setpriority(os.PRIO_PROCESS, 0, own)
+    except OSError:
+        return False
+    return True
+
+
 def _spawn(argv: list[str], inherited: list[int]) -> int:
     environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
     # posix_spawn shares our memory until exec, so nothing is copied; we have one thread, so nobody else can

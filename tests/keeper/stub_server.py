@@ -1,4 +1,4 @@
-"""A server for keeper tests: shows one file, `img`, and does what the file `config_files[0]` says.
+"""A server for keeper tests: shows a file, `img`, and `poison`, whose reads end the server; does what the file `config_files[0]` says.
 
 The mode file holds JSON: `{"at": <step>, "do": "exit" | "fail" | "hang"}` or `{}`. Steps: start, begin, serve, switch,
 ready. With `"by": <version>` only servers of that version do it; the version is the second argument of the command.
@@ -28,9 +28,9 @@ class OneFile(pyfuse3.Operations):
         return entry
 
     async def lookup(self, parent_inode, name, ctx=None):
-        if name != b"img":
+        if name not in (b"img", b"poison"):
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return await self.getattr(2)
+        return await self.getattr(2 if name == b"img" else 3)
 
     async def open(self, inode, flags, ctx):
         return pyfuse3.FileInfo(fh=inode)
@@ -42,6 +42,8 @@ class OneFile(pyfuse3.Operations):
         return pyfuse3.StatvfsData()
 
     async def read(self, fh, offset, size):
+        if fh == 3:
+            os._exit(5)
         return CONTENT[offset : offset + size]
 
 

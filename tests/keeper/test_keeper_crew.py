@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 from pathlib import Path
 from typing import Self
@@ -206,6 +207,19 @@ def test_status_is_told_while_no_server_can_be_started(mounting, control_socket)
     mounting.set_mode()
     keeper.wait_for_log("again")
     assert ask_keeper(control_socket, "status")["state"] == "serving"
+
+
+def test_a_request_that_kills_every_server_keeps_nobody_else_waiting(mounting, control_socket):
+    keeper = mounting.start_ready()
+    reader = subprocess.Popen(["cat", str(mounting.mountpoint / "poison")], stdout=subprocess.DEVNULL)
+    try:
+        keeper.wait_for_log("servers died soon")
+        keeper.wait_for_log("again")
+        assert (mounting.mountpoint / "img").read_bytes() == CONTENT
+        assert ask_keeper(control_socket, "status")["resend"] is False
+    finally:
+        reader.kill()
+        reader.wait()
 
 
 def test_clients_that_say_nothing_or_nonsense_hold_up_nothing(mounting, control_socket):
