@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,6 +19,7 @@ from basefs.cache.state_file import StateFile
 from basefs.catalog.records import ImageEntry, Verdict
 from basefs.core.names import base_name_of
 from tests.cache.records import record
+from tests.fakes.escrow import MemoryEscrow
 
 
 async def until(condition) -> None:
@@ -236,6 +238,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from basefs.cache.state_db import StateDatabase
 from tests.cache.records import record
+from tests.fakes.escrow import MemoryEscrow
 async def main():
     db = await StateDatabase.open(Path(sys.argv[1]), numbers_from=0)
     taken = len(await db.load())
@@ -287,3 +290,27 @@ def test_the_schema_is_that_of_its_version():
         "verdictTEXTNOTNULLDEFAULT'unchecked',reasonTEXT,localTEXTNOTNULLDEFAULT'{}',is_goneINTEGERNOTNULLDEFAULT0)"
         "STRICT;CREATETABLEvalue(keyTEXTPRIMARYKEY,valueTEXTNOTNULL)STRICT;"
     )
+
+
+async def test_what_changed_is_in_escrow_and_the_next_server_begins_with_it(tmp_path, nursery, expected_warnings):
+    expected_warnings("state of images cannot be stored on the disk")
+    path, escrow = tmp_path / "disk" / "state.sqlite", MemoryEscrow()
+    path.parent.mkdir()
+    db = await StateDatabase.open(path, numbers_from=0, escrow=escrow)
+    nursery.start_soon(db.run)
+    await db.upsert([record("a")], {})
+    entry = ImageEntry(number=1, base_name=base_name_of("a"), record=record("a"))
+    for mtime_ns in (5, 6, 7):
+        entry.local.mtime_ns = mtime_ns
+        await db.stored(entry)
+    nursery.cancel_scope.cancel()
+    shutil.rmtree(path.parent)
+    with trio.CancelScope(shield=True):
+        (held,) = escrow.held()
+        after = await StateDatabase.open(path, numbers_from=0, held=held, escrow=escrow)
+        (kept,) = await after.load()
+        assert (kept.number, kept.local.mtime_ns) == (1, 7)
+        assert await after.upsert([record("b")], {}) == {"b": 2}
+        await db.close()
+        await after.close()
+    escrow.close()
