@@ -34,7 +34,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.phases) - set(PHASES):
         parser.error(f"no phase named {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     root = (ROOT / ".cache" / "soak").resolve()  # as the mount table has it
     root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=root))

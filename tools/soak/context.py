@@ -1,6 +1,8 @@
 """What the phases of a soak share: where to write, how long to take, what to report to, and figures of a mount."""
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterable
@@ -91,3 +93,11 @@ def wait_for(mount: BasefsMount, fetched_bytes: int, limit_s: float = 60.0) -> N
         if time.monotonic() > deadline:
             raise TimeoutError(f"{fetched_bytes} bytes not fetched within {limit_s:g} s")
         pause(0.1)
+
+
+def end_children(name: str) -> None:
+    """Kill what this process has started and not waited for, as far as its program's name begins with `name`."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text(encoding="ascii").split():
+            if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").startswith(name):
+                os.kill(int(pid), signal.SIGKILL)

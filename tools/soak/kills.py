@@ -12,6 +12,7 @@ from tools.soak.context import (
     KEEPER_GROWTH_MIB_PER_HOUR_MAX,
     KEEPER_MIB_MAX,
     Soak,
+    end_children,
     keeper_sampler,
     report_steadiness,
 )
@@ -67,10 +68,14 @@ def _kill(soak: Soak, mount: BasefsMount, paths: list[Path], overlay: Path, gues
     try:
         with ThreadPoolExecutor(1) as pool, again(kill, least_s=1.0, most_s=3.0) as killing:
             booting = pool.submit(boot, overlay, guest, check=True, timeout_s=BOOT_LIMIT_S)
-            with lower_writers(mount.mountpoint, WRITERS) as writers:
-                result = readers.result()
-            soak.report.note(f"fio has ended after {killing.done} kills; the guest boots on")
-            _report_guest(soak, booting, guest)
+            try:
+                with lower_writers(mount.mountpoint, WRITERS) as writers:
+                    result = readers.result()
+                soak.report.note(f"fio has ended after {killing.done} kills; the guest boots on")
+                _report_guest(soak, booting, guest)
+            except BaseException:
+                end_children("qemu-system")
+                raise
     finally:
         readers.stop()
     report = soak.report
