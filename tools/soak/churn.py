@@ -10,7 +10,7 @@ from tools.mount import BasefsMount
 from tools.rig import Rig
 from tools.soak.context import SERVER_GROWTH_MIB_PER_HOUR_MAX, Soak, report_steadiness, server_sampler, status
 from tools.soak.fio_readers import FioReaders
-from tools.soak.killer import again, forget_pages, signal_server
+from tools.soak.killer import Killer, again, forget_pages, signal_server
 from tools.soak.kills import fio_images
 
 IMAGES = 4
@@ -80,7 +80,7 @@ def _upheaval(soak: Soak, mount: BasefsMount, images: list[str], seconds: float)
         return True
 
     acts: dict[str, tuple[Callable[[], bool], float, float]] = {
-        "kill -9": (lambda: signal_server(mount, signal.SIGKILL), 5.0, 15.0),
+        "kill -9": (Killer(mount), 5.0, 15.0),
         "SIGSTOP": (lambda: signal_server(mount, signal.SIGSTOP), 20.0, 40.0),
         "upgrade": (upgrade, 8.0, 20.0),
         "evict": (evict, 2.0, 6.0),

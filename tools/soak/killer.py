@@ -4,12 +4,24 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tools.mount import BasefsMount
+
+KILLED_SERVERS_LOG = (
+    r"server \d+ died \(signal SIGKILL\)",
+    r"the server ended \(signal SIGKILL\) before",
+    r"servers died soon after they were handed",
+    r"dead servers had taken are handed out again",
+    r"the last one that worked goes on: the server ended \(signal SIGKILL\)",
+    r"no server can wait in place",
+)
+"""What a keeper may log while its servers are killed (re.search)."""
+_SERVES = re.compile(r" basefs\.keeper server \d+ serves ")
 
 
 def server_pid(mount: BasefsMount) -> int | None:
@@ -31,7 +43,7 @@ def keeper_pid(mount: BasefsMount) -> int | None:
 
 
 def signal_server(mount: BasefsMount, number: signal.Signals) -> bool:
-    """Send the server a signal; False when there was none to send it to."""
+    """Send the server a signal, also one that starts; False when there was none to send it to."""
     pid = server_pid(mount)
     if pid is None:
         return False
@@ -40,6 +52,22 @@ def signal_server(mount: BasefsMount, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+class Killer:
+    """kill -9 of the server, also of one that starts, but not of two in a row: a loaded machine would never serve."""
+
+    def __init__(self, mount: BasefsMount) -> None:
+        self._mount = mount
+        self._served_before = -1
+
+    def __call__(self) -> bool:
+        """Whether it killed one."""
+        served = len(_SERVES.findall(self._mount.log_text))
+        if served == self._served_before:
+            return False
+        self._served_before = served
+        return signal_server(self._mount, signal.SIGKILL)
 
 
 def forget_pages(paths: Sequence[Path]) -> None:

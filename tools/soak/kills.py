@@ -1,6 +1,5 @@
 """kill -9 of the server every 1 to 3 s: under 16 verifying fio readers, under writers, and while a real guest boots."""
 
-import signal
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tools.soak.context import (
     report_steadiness,
 )
 from tools.soak.fio_readers import FioReaders, make_image
-from tools.soak.killer import again, forget_pages, signal_server
+from tools.soak.killer import Killer, again, forget_pages
 from tools.soak.lower_writers import lower_writers
 from tools.soak.samples import Sampler
 
@@ -59,8 +58,10 @@ def fio_images(rig: Rig, scratch: Path, count: int, size: int) -> list[str]:
 
 
 def _kill(soak: Soak, mount: BasefsMount, paths: list[Path], overlay: Path, guest: Guest, seconds: float) -> None:
+    killer = Killer(mount)
+
     def kill() -> bool:
-        is_killed = signal_server(mount, signal.SIGKILL)
+        is_killed = killer()
         forget_pages(paths)
         return is_killed
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tools.mount import ROOT
@@ -13,19 +14,44 @@ from tools.soak.context import Soak
 GRACE_S = 240.0
 """Beyond its seconds: the example under way, and making a failing one small."""
 LONG_VARIABLE = "BASEFS_LONG_S"
+POWER_CUTS_A_SECOND = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongForm:
-    """One test, and which part of the time is its."""
+    """A command that takes about as many seconds as `argv` is called with; `share` of the time is its."""
 
     name: str
-    test: str
     share: float
-    variable: str = LONG_VARIABLE
+    argv: Callable[[int, str], list[str]]
+    """Called with the seconds and a directory."""
 
 
-LONG_FORMS = (LongForm(name="state machine", test="tests/model/test_faults_model.py", share=0.5),)
+def _pytest(test: str) -> Callable[[int, str], list[str]]:
+    """The same test for longer: it looks at LONG_VARIABLE."""
+
+    def argv(seconds: int, directory: str) -> list[str]:
+        options = ["-o", f"timeout={seconds + GRACE_S}", "-o", "faulthandler_timeout=0", f"--basetemp={directory}/pt"]
+        return ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, test]
+
+    return argv
+
+
+def _power_cuts(seconds: int, _directory: str) -> list[str]:
+    return [
+        "-m",
+        "tests.faultfs.power_cut",
+        "--samples",
+        str(seconds * POWER_CUTS_A_SECOND),
+        "--seed",
+        str(os.getpid()),
+    ]
+
+
+LONG_FORMS = (
+    LongForm(name="state machine", share=0.5, argv=_pytest("tests/model/test_faults_model.py")),
+    LongForm(name="power cuts", share=0.2, argv=_power_cuts),
+)
 
 
 def run_long_forms(soak: Soak, limit_s: float) -> None:
@@ -35,9 +61,9 @@ def run_long_forms(soak: Soak, limit_s: float) -> None:
         begun = time.monotonic()
         # Short, and not in our own directory: a socket's path has 107 bytes at most.
         with tempfile.TemporaryDirectory(prefix="soak-") as directory:
-            argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={directory}/pt"]
-            argv += ["-o", f"timeout={seconds + GRACE_S}", "-o", "faulthandler_timeout=0", form.test]
-            environment = {**os.environ, form.variable: str(seconds)}
+            argv = [sys.executable, *form.argv(seconds, directory)]
+            environment = {**os.environ, LONG_VARIABLE: str(seconds)}
             done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        error = "" if done.returncode == 0 else f"pytest exited with {done.returncode}:\n{done.stdout[-3000:]}"
-        soak.no_errors(f"failures of the {form.name}, {time.monotonic() - begun:.0f} s", error)
+        output = f"{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
+        error = "" if done.returncode == 0 else f"exit code {done.returncode}:\n{output}"
+        soak.no_errors(f"failures of the {form.name} in {time.monotonic() - begun:.0f} s", error)
