@@ -62,13 +62,11 @@ class KeeperChannel:
 
     async def hold(self, key: str, note: str, fd: int) -> None:
         """See `Escrow`. A keeper that takes nothing is waited for HOLD_WAIT_S; the datagram is then sent later."""
-        if self.begun:
-            await self._wait_sent(self._post({"type": "hold", "key": key, "note": note}, (fd,)))
+        await self._wait_sent(self._post({"type": "hold", "key": key, "note": note}, (fd,)))
 
     async def drop(self, key: str) -> None:
         """See `Escrow`. When it returns: as `hold`."""
-        if self.begun:
-            await self._wait_sent(self._post({"type": "drop", "key": key}, ()))
+        await self._wait_sent(self._post({"type": "drop", "key": key}, ()))
 
     def _post(self, message: dict[str, Any], fds: Sequence[int]) -> _Posted | None:
         """None if the datagram has left; else it waits in the outbox."""
