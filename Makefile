@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 TEST_ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup demo test check bench soak guest clean
+.PHONY: setup demo test check bench soak fuzz guest clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -36,6 +36,10 @@ bench-%: setup
 # What a node goes through in a year: kills, a cache too small, ten minutes without Glance; `make soak MINUTES=n` scales.
 soak: setup guest
 	@$(PYTHON) -m tools.soak --minutes $(MINUTES) $(PHASES)
+
+# What basefs reads from disks, sockets and Glance, mutated: `make fuzz MINUTES=n` (all targets together).
+fuzz: setup
+	@$(PYTHON) -m tools.fuzz all $(MINUTES)
 
 clean:
 	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

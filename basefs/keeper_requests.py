@@ -118,7 +118,7 @@ def _read(client: socket.socket) -> Request | None:
     try:
         message = json.loads(client.recv(REQUEST_BYTES_MAX))
         kind = message["request"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         client.close()
         return None
     return Request(str(kind), client)

@@ -110,7 +110,7 @@ class ServerProcess:
             return None
         try:
             message = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: a thousand brackets, which must not end the keeper
             return {}, fds
         return (message if isinstance(message, dict) else {}), fds
 

@@ -47,7 +47,7 @@ def is_damage(exc: BaseException) -> bool:
     if isinstance(exc, sqlite3.Error):
         # Errors of the Python module itself, such as text that is no UTF-8, have no code.
         return getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _DAMAGE_CODES
-    return isinstance(exc, LookupError | ValueError | TypeError | AttributeError)
+    return isinstance(exc, LookupError | ValueError | TypeError | AttributeError | RecursionError)
 
 
 def prepare(db: sqlite3.Connection) -> None:

@@ -26,6 +26,7 @@ _TEXT_CHARS_MAX = 300
 _USER_IN_URL = re.compile(r"//[^/@\s]+@")
 _QUERY = re.compile(r"\?[^\s'\")]*")
 _TAG = re.compile(r"<(title|head).*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
+_DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
 _SPACE = re.compile(r"\s+")
 
 
@@ -54,14 +55,15 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     if text is None:
         return None
     try:
-        seconds = float(int(text))
-    except ValueError:
-        try:
-            when = parsedate_to_datetime(text)
-        except ValueError:
-            return None
-        seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        seconds = float(text) if _DIGITS.fullmatch(text) else _seconds_until(text)
+    except (ValueError, TypeError, OverflowError, LookupError):  # what the parser raises depends on the garbage
+        return None
     return min(max(seconds, 0.0), RETRY_AFTER_MAX_S)
+
+
+def _seconds_until(text: str) -> float:
+    when = parsedate_to_datetime(text)
+    return (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
 
 
 def error_of_status(
@@ -104,5 +106,5 @@ def translated(what: str) -> Iterator[None]:
         raise errors.SourceUnavailableError(text, retry_after_s=seconds, may_be_away=is_server_error) from exc
     except (ksa.ClientException, requests.RequestException, urllib3.exceptions.HTTPError) as exc:
         raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}", may_be_away=True) from exc
-    except (http.client.HTTPException, OSError, UnicodeError) as exc:
+    except (http.client.HTTPException, OSError, UnicodeError, RecursionError) as exc:
         raise errors.SourceUnavailableError(f"{what}: {text_of_error(exc)}", may_be_away=True) from exc

@@ -33,7 +33,7 @@ _FIELDS = (
     "os_hash_value",
     "img_signature",
 )
-_NOT_GLANCE = (ValueError, TypeError, LookupError, AttributeError)
+_NOT_GLANCE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 """What python-glanceclient and its models raise over an answer that is no answer of Glance."""
 
 

@@ -190,7 +190,8 @@ async def test_a_hash_of_an_algorithm_nobody_knows_is_not_checked(source, image)
 
 
 @pytest.mark.parametrize(
-    ("header", "expected"), [("7", 7.0), ("0", 0.0), ("99999999", 3600.0), ("soon", None), (None, None), ("-4", 0.0)]
+    ("header", "expected"),
+    [("7", 7.0), ("0", 0.0), ("99999999", 3600.0), ("9" * 400, 3600.0), ("soon", None), (None, None), ("-4", 0.0)],
 )
 @pytest.mark.parametrize("code", [429, 503])
 async def test_retry_after_is_handed_on_within_bounds(front, source, image, code, header, expected):
