@@ -43,12 +43,20 @@ FAULTS_MAX = 2
 SIZES = (3_000_001, 2_097_152, 70_000)
 HANDLES_MAX = 5
 LOWER_NAMES = ("swap_64", "ephemeral_1_40d1d2c", "notes.part")
-OPTIONS = {"catalog_refresh_s": 3600, "other_io_deadline_s": 1.5, "lookup_deadline_s": 1.5, "watchdog_s": 2}
+OPTIONS = {
+    "catalog_refresh_s": 3600,
+    "other_io_deadline_s": 1.5,
+    "lookup_deadline_s": 1.5,
+    "watchdog_s": 2,
+    "fetch_request_bytes_max": 256 << 10,
+    "cache_max_bytes": 2 << 20,  # far less than the images of one example, so that chunks are evicted all the time
+}
 MAY_LOG = (
     *KILLED_SERVERS_LOG,
     r"server \d+ hangs",
     r"server \d+ died \(hung",
     r"Glance is away",
+    r"the cache is full and nothing more may go",
     r"image \S+: ",
     r"answered EIO",
     r"catalog cannot be refreshed",
@@ -81,6 +89,13 @@ class LowerFile:
     """One inode of the lower directory: it has what was written, whatever its name is by now."""
 
     content: bytearray = field(repr=False, default_factory=bytearray)
+
+
+def difference(of: Image | LowerFile, offset: int, got: bytes, wanted: bytes) -> str:
+    """Where and in what two answers differ."""
+    at = next((n for n, (one, other) in enumerate(zip(got, wanted, strict=False)) if one != other), None)
+    place = "none differs" if at is None else f"the first that differs is at {offset + at}: {got[at : at + 16].hex()}"
+    return f"{type(of).__name__}: {len(got)} bytes for {len(wanted)} at {offset}; {place}"
 
 
 class FaultsModel(RuleBasedStateMachine):
@@ -167,7 +182,10 @@ class FaultsModel(RuleBasedStateMachine):
 
     def check(self, fd: int, of: Image | LowerFile, offset: int, length: int) -> None:
         with self.eio_in_an_outage():
-            assert os.pread(fd, length, offset) == bytes(of.content[offset : offset + length])
+            got, wanted = os.pread(fd, length, offset), bytes(of.content[offset : offset + length])
+            if self.is_out and len(got) < len(wanted):
+                wanted = wanted[: len(got)]  # pread(2): what came before an error, when anything did
+            assert got == wanted, difference(of, offset, got, wanted)
 
     @contextmanager
     def eio_in_an_outage(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from tools.soak.samples import Sampler, after_warm_up, growth, slope_mib_per_hou
 FULL_MINUTES = 30.0
 SERVER_GROWTH_MIB_PER_HOUR_MAX = 60.0
 """A fit over minutes, so 5 MiB within five of them: pages that an allocator keeps, not a leak a request."""
+SLOPE_MINUTES_MIN = 2.5
 KEEPER_GROWTH_MIB_PER_HOUR_MAX = 2.0
 KEEPER_MIB_MAX = 15.0
 FDS_GROWTH_MAX = 8
@@ -66,6 +67,14 @@ def keeper_sampler(mount: BasefsMount) -> Sampler:
     return Sampler(lambda: keeper_pid(mount))
 
 
+def _report_slope(soak: Soak, name: str, minutes: float, slope: float, slope_max: float) -> None:
+    """A fit over less than SLOPE_MINUTES_MIN says nothing; it is told, and held to no bound."""
+    if minutes < SLOPE_MINUTES_MIN:
+        soak.report.tell(name, f"{slope:.1f} MiB/h")
+    else:
+        soak.report.at_most(name, slope, slope_max, "MiB/h")
+
+
 def report_steadiness(soak: Soak, who: str, sampler: Sampler, *, warm_up_s: float, slope_max: float) -> None:
     """Report memory, its slope, fds and threads of what a sampler saw."""
     steady = after_warm_up(sampler.samples, warm_up_s)
@@ -76,7 +85,7 @@ def report_steadiness(soak: Soak, who: str, sampler: Sampler, *, warm_up_s: floa
     highest_mib = max(one.rss_mib for one in steady)
     report.tell(f"{who}: memory, last and highest", f"{steady[-1].rss_mib:.1f} / {highest_mib:.1f} MiB")
     minutes = (steady[-1].at - steady[0].at) / 60
-    report.at_most(f"{who}: growth over {minutes:.1f} min", slope_mib_per_hour(steady), slope_max, "MiB/h")
+    _report_slope(soak, f"{who}: growth over {minutes:.1f} min", minutes, slope_mib_per_hour(steady), slope_max)
     report.at_most(f"{who}: growth of open fds", growth([one.fds for one in steady]), FDS_GROWTH_MAX)
     report.at_most(f"{who}: growth of threads", growth([one.threads for one in steady]), THREADS_GROWTH_MAX)
 

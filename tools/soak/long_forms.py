@@ -51,6 +51,7 @@ def _power_cuts(seconds: int, _directory: str) -> list[str]:
 LONG_FORMS = (
     LongForm(name="state machine", share=0.5, argv=_pytest("tests/model/test_faults_model.py")),
     LongForm(name="power cuts", share=0.2, argv=_power_cuts),
+    LongForm(name="fuzzing", share=0.25, argv=lambda seconds, _: ["-m", "tools.fuzz", "all", f"{seconds / 60:.2f}"]),
 )
 
 
