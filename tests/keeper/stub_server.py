@@ -1,4 +1,4 @@
-"""A server for keeper tests: shows a file, `img`, and `poison`, whose reads end the server; does what the file `config_files[0]` says.
+"""A server for keeper tests: shows `img`, and `poison`, whose reads end it; does what the file `config_files[0]` says.
 
 The mode file holds JSON: `{"at": <step>, "do": "exit" | "fail" | "hang"}` or `{}`. Steps: start, begin, serve, switch,
 ready. With `"by": <version>` only servers of that version do it; the version is the second argument of the command.
