@@ -116,7 +116,12 @@ class Keeper:
         log.info("going on with the mount on %s, which systemd kept", saved.mountpoint)
         # Names and reads wait from now on and do not fail: that is what our unit is ordered before others for.
         tell_systemd("READY=1")
-        end_predecessors(adopted.lock_fd)
+        self._store.held.before_first_send = lambda: self._succeed(adopted.lock_fd)
+
+    def _succeed(self, lock_fd: int) -> None:
+        """End what the keeper before us left running. Its server has served until now, when ours is loaded."""
+        end_predecessors(lock_fd)
+        self._store.read_channels()
 
     def _serve(self, *, is_adopted: bool) -> None:
         crew = self._crew
@@ -130,6 +135,8 @@ class Keeper:
                 crew.on_time()
         except MountError:
             crew.servers.end_all(grace_s=0.0)
+            if is_adopted:
+                raise
             self._store.clear()
             self._session.abandon()
             raise

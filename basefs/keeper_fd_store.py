@@ -1,7 +1,8 @@
 """What outlives the keeper in systemd's fd store: names, and the notes on held fds. Standard library only.
 
 Names are `basefs.<token>.<what>`, the token a session's own, so that nothing of an earlier session is taken for
-this one's. `<what>` is `fuse`, `lower`, `session`, `notes`, or the number of a held fd.
+this one's. `<what>` is one of `keeper_session_store.PARTS`, the number of a held fd, or `c<n>`: our end of the keeper
+socket of the serving server. What that server says after its keeper died waits in it for the next one.
 
 The notes are a memfd in the store: a slot of 1 KiB for each held fd with its number, its text and a checksum. The
 slot is written before the fd is put there, and cleared after it was removed, so a keeper that dies in between leaves
@@ -12,6 +13,7 @@ import logging
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from basefs.service_manager import tell_systemd
@@ -19,6 +21,7 @@ from basefs.service_manager import tell_systemd
 log = logging.getLogger("basefs.keeper")
 
 PREFIX = "basefs."
+CHANNEL = "c"
 HELD_MAX = 4000
 """The unit's FileDescriptorStoreMax= (4096) less some. systemd passes all names in one variable of the environment, of
 128 KiB at most, and compares each new fd with all that it has."""
@@ -71,6 +74,7 @@ class HeldNotes:
         self._free: list[int] = []
         self._slots_used = 0
         self._next_number = 1
+        self._channels_put = 0
         self._was_told = False
 
     def put(self, key_and_note: bytes, fd: int) -> int | None:
@@ -104,6 +108,22 @@ class HeldNotes:
             os.pwrite(self.fd, bytes(_SLOT.size), slot * SLOT_BYTES)
         except OSError as exc:
             self._tell_once(str(exc.strerror))
+
+    def put_channel(self, fd: int) -> None:
+        """See `Keep`. The one before has been read to its end."""
+        if self._channels_put:
+            self._store.remove(f"{CHANNEL}{self._channels_put}")
+        self._channels_put += 1
+        self._store.put(f"{CHANNEL}{self._channels_put}", fd)
+
+    def forget_channel(self) -> None:
+        """The session is over."""
+        if self._channels_put:
+            self._store.remove(f"{CHANNEL}{self._channels_put}")
+
+    def restore_channels(self, numbers: Sequence[int]) -> None:
+        """Numbers of an earlier keeper's channels, which are not used again."""
+        self._channels_put = max(numbers, default=0)
 
     def restore(self) -> list[Note]:
         """The notes of an earlier keeper, in the order of their numbers; damaged ones are passed over."""

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import resource
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 log = logging.getLogger("basefs.keeper")
@@ -29,6 +30,8 @@ ITEMS_BYTES_MAX = 48 * 1024
 class Receiver(Protocol):
     """A server as far as it is told what is held."""
 
+    control: socket.socket
+
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Hand over one datagram."""
 
@@ -41,6 +44,9 @@ class Keep(Protocol):
 
     def forget(self, number: int) -> None:
         """Let go of the copy with that number."""
+
+    def put_channel(self, fd: int) -> None:
+        """Keep our end of the socket over which the server that serves from now on says what to hold."""
 
 
 class _Held(NamedTuple):
@@ -58,6 +64,8 @@ class HeldFds:
         self._entries_max = fd_limit() - OTHER_FDS if entries_max is None else entries_max
         self._entries: dict[str, _Held] = {}
         self._told: set[str] = set()
+        self.before_first_send: Callable[[], None] | None = None
+        """Called once, when the first server is to serve: what an earlier keeper's server holds comes by then."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -101,6 +109,11 @@ class HeldFds:
 
     def send_to(self, server: Receiver) -> None:
         """Give the server a copy of everything: `held` datagrams of at most 100 fds each, none if nothing is held."""
+        before_first_send, self.before_first_send = self.before_first_send, None
+        if before_first_send is not None:
+            before_first_send()
+        if self._keep is not None:
+            self._keep.put_channel(server.control.fileno())
         for batch in self._batches():
             items = [json.loads(entry.text) for entry in batch]
             server.send({"type": "held", "items": items}, [entry.fd for entry in batch])

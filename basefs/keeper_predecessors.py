@@ -68,6 +68,8 @@ def _predecessors(lock_fd: int) -> list[_Predecessor]:
         arguments = processes.json_argument(pid)
         if arguments is None or not {"lock_fd", "ready_fd"} & arguments.keys():
             continue
+        if arguments.get("keeper_pid") == os.getpid():
+            continue
         try:
             pidfd = os.pidfd_open(pid)
         except OSError:

@@ -4,12 +4,15 @@ Standard library only. What has to be true before a session is adopted is in `_a
 is closed, and removed from the store if a basefs put it there.
 """
 
+import json
 import logging
 import os
+import socket
 import stat
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from basefs.keeper_fd_store import PREFIX, FdStore, HeldNotes, remove_stored
+from basefs.keeper_fd_store import CHANNEL, PREFIX, FdStore, HeldNotes, remove_stored
 from basefs.keeper_held import HeldFds
 from basefs.keeper_saved_session import SavedSession
 from basefs.kernel_session import KernelSession
@@ -17,6 +20,8 @@ from basefs.service_manager import close_all, inherited_fds
 
 log = logging.getLogger("basefs.keeper")
 
+MESSAGE_BYTES_MAX = 64 * 1024
+FDS_MAX = 4
 PARTS = ("session", "notes", "lock", "lower", "fuse")
 Group = dict[str, int]
 """Inherited fds of one token, by what they are."""
@@ -42,6 +47,7 @@ class SessionStore:
         self._notes = HeldNotes(self._store, notes_fd)
         self.held = HeldFds(keep=self._notes if "NOTIFY_SOCKET" in os.environ else None)
         self.is_stored = notes_fd is not None
+        self._channels: list[int] = []
 
     def save(self, session: KernelSession, fds: Group, *, cache_dir: str, fixed: dict[str, Any]) -> None:
         """Store what the next keeper needs, `fds` being `lower` and `lock`. What was adopted is stored already."""
@@ -66,9 +72,30 @@ class SessionStore:
     def clear(self) -> None:
         """The session is over: nothing of it stays."""
         self.held.close()
+        self._notes.forget_channel()
         for what in PARTS:
             self._store.remove(what)
         self.is_stored = False
+
+    def restore_channels(self, fds: Group) -> None:
+        """Have what servers said to an earlier keeper read by `read_channels`; `fds` are ours."""
+        numbers = sorted(int(what.removeprefix(CHANNEL)) for what in fds)
+        self._notes.restore_channels(numbers)
+        self._channels = [fds[f"{CHANNEL}{number}"] for number in numbers]
+        for number in numbers[:-1]:
+            self._store.remove(f"{CHANNEL}{number}")
+
+    def read_channels(self) -> None:
+        """Hold and drop what a server asked for when it had no keeper any more. The server has ended."""
+        for fd in self._channels:
+            with socket.socket(fileno=fd) as channel:
+                for message, fds in _messages(channel):
+                    if message.get("type") == "drop":
+                        self.held.drop(str(message.get("key")))
+                    elif message.get("type") == "hold" and fds:
+                        self.held.take(str(message.get("key")), message.get("note"), fds.pop(0))
+                    close_all(fds)
+        self._channels = []
 
     def restore_held(self, fds: Group) -> None:
         """Hold again what an earlier keeper held, `fds` by their numbers; what does not fit together is dropped."""
@@ -101,10 +128,38 @@ def adopt_session() -> tuple[SessionStore, Adopted | None]:
             continue
         store = SessionStore(token, group["notes"])
         os.close(group["session"])
-        rest = {what: fd for what, fd in group.items() if what.isdecimal()}
-        store.restore_held(rest)
+        store.restore_held({what: fd for what, fd in group.items() if what.isdecimal()})
+        store.restore_channels({what: fd for what, fd in group.items() if _is_channel(what)})
         return store, adopted
     return SessionStore(), None
+
+
+def _is_channel(what: str) -> bool:
+    return what.startswith(CHANNEL) and what.removeprefix(CHANNEL).isdecimal()
+
+
+def _messages(channel: socket.socket) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """What waits in the socket, with its fds, which are the caller's."""
+    channel.setblocking(False)
+    was_reset = False
+    while True:
+        try:
+            data, fds, _, _ = socket.recv_fds(channel, MESSAGE_BYTES_MAX, FDS_MAX)
+        except ConnectionResetError:
+            # Told once, before what a dead server had sent: it had not read something of its keeper's.
+            if was_reset:
+                return
+            was_reset = True
+            continue
+        except OSError:
+            return
+        if not data and not fds:
+            return
+        try:
+            message = json.loads(data)
+        except ValueError:
+            message = None
+        yield (message if isinstance(message, dict) else {}), fds
 
 
 def _groups(fds: list[tuple[str, int]]) -> dict[str, Group]:

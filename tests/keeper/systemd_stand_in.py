@@ -88,15 +88,15 @@ class SystemdStandIn:
         assert self.process is not None
         self._set_job("restart")
         self.run_exec_stop()
-        self._terminate(limit_s=3.0)
+        self._terminate(limit_s=LIMIT_S)
         self.start()
         self._set_job("")
 
-    def stop(self) -> bool:
+    def stop(self, *, limit_s: float = LIMIT_S) -> bool:
         """`systemctl stop`; whether the main process ended. The store is given up either way."""
         self._set_job("stop")
         self.run_exec_stop()
-        has_ended = self._terminate(limit_s=3.0)
+        has_ended = self._terminate(limit_s=limit_s)
         self._set_job("")
         self.release()
         return has_ended

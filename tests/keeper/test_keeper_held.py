@@ -16,6 +16,8 @@ class Server:
 
     def __init__(self) -> None:
         self.sent: list[tuple[dict[str, Any], list[int]]] = []
+        self.control = socket.socket()
+        self.control.close()
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         self.sent.append((message, [os.fstat(fd).st_ino for fd in fds]))
@@ -40,6 +42,9 @@ class Store:
         self.kept[number] = key_and_note
         self.events.append(f"put {number}")
         return number
+
+    def put_channel(self, fd: int) -> None:
+        self.events.append("channel")
 
     def forget(self, number: int) -> None:
         del self.kept[number]
@@ -120,6 +125,8 @@ def test_they_come_through_a_real_socket() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     class Real:
+        control = ours
+
         def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
             socket.send_fds(ours, [json.dumps(message).encode()], list(fds))
 
