@@ -21,6 +21,15 @@ UNIT = "basefs.service"
 LIMIT_S = 30.0
 FDS_HIGH = 300
 """Fds are handed over from numbers above this, so that no target number is taken."""
+EXEC = """
+import os, sys
+for number, fd in enumerate(map(int, filter(None, sys.argv[1].split(",")))):
+    os.dup2(fd, 3 + number)
+    os.close(fd)
+if "LISTEN_FDS" in os.environ:
+    os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 SYSTEMCTL = """#!/bin/sh
 case "$*" in
 list-jobs*) cat {directory}/job ;;
@@ -68,12 +77,10 @@ class SystemdStandIn:
         with self._changed:
             passed = [*reversed(self.stored), *extra]
             high = [fcntl.fcntl(fd, fcntl.F_DUPFD, FDS_HIGH) for _, fd in passed]
-            moves = " ".join(f"{3 + number}<&{fd} {fd}<&-" for number, fd in enumerate(high))
-            script = f'export LISTEN_PID=$$; exec {moves}; exec "$@"' if passed else 'exec "$@"'
             names = {"LISTEN_FDS": str(len(passed)), "LISTEN_FDNAMES": ":".join(name for name, _ in passed)}
             with open(self.log_path, "ab") as log:
                 self.process = subprocess.Popen(
-                    ["bash", "-c", script, "unit", *self._command],
+                    [sys.executable, "-I", "-S", "-c", EXEC, ",".join(map(str, high)), *self._command],
                     env={**self._environment(), **(names if passed else {})},
                     stderr=log,
                     pass_fds=high,

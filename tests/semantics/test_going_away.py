@@ -30,8 +30,8 @@ def test_killed_processes(
 
     [S1202] When the keeper is killed, the mount is served on.
 
-    [S1203] When keeper and server are killed, every access answers ENOTCONN, until `basefs mount` makes the mount
-    anew.
+    [S1203] When keeper and server are killed where no systemd keeps the session, every access answers ENOTCONN, until
+    `basefs mount` makes the mount anew.
     """
     expected_warnings(r"server \d+ died \(signal SIGKILL\)")
     expected_warnings("removing the mount that a basefs left behind")

@@ -1,4 +1,4 @@
-"""The keeper dies under systemd while images and lower files are read: with the real server nothing is lost."""
+"""docs/SEMANTICS.md, section 12: the keeper dies, or its unit is restarted, under systemd (a stand-in for it)."""
 
 import json
 import os
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from basefs import mounts
+from basefs import mounts, processes
 from basefs.keeper_setup import lock_holder
 from basefs.keeper_spec import KeeperSpec, command_line
-from tests.conftest import ExpectedWarnings, MountFactory
+from tests.conftest import MountFactory
 from tests.fakes.front import MisbehavingFront
-from tests.faults.conftest import MIB
 from tests.keeper.systemd_stand_in import SystemdStandIn
 from tools.mount import BasefsMount, base_name
 
@@ -64,6 +63,12 @@ class Guest:
 
 
 @pytest.fixture
+def front() -> Iterator[MisbehavingFront]:
+    with MisbehavingFront() as running:
+        yield running
+
+
+@pytest.fixture
 def guest() -> Iterator[Guest]:
     guest = Guest()
     yield guest
@@ -82,9 +87,18 @@ def test_what_is_open_outlives_keeper_and_server_and_what_is_opened_in_between(
     tmp_path: Path,
     guest: Guest,
     monkeypatch: pytest.MonkeyPatch,
-    expected_warnings: ExpectedWarnings,
 ) -> None:
-    data = random.Random(3).randbytes(3 * MIB + 1)
+    """[S1230] Under systemd, when the keeper is killed, or keeper and server at once, the next keeper goes on with the
+    mount: reads wait and have their bytes.
+
+    [S1231] `systemctl restart` of a mount that is in use keeps it: reads wait and have their bytes.
+
+    [S1232] `systemctl stop` of a mount that is in use is refused, and nothing is killed.
+
+    [S1233] Lower files that are open when the keeper is killed, or are opened before the next one is there, are read
+    and written on, also when they have no name any more.
+    """
+    data = random.Random(3).randbytes(3_000_001)
     image_id = front.glance.add(data)
     mount = basefs_mount(front.conf_lines(), start=False)
     for name, value in mount.environment.items():
@@ -117,6 +131,13 @@ def test_what_is_open_outlives_keeper_and_server_and_what_is_opened_in_between(
         systemd.kill(server_of(mount))
         systemd.start()
         assert [guest.does("read", path) for path in (image, first, second)] == [before[image], written, written]
+        systemd.restart()
+        assert [guest.does("read", path) for path in (image, first, second)] == [before[image], written, written]
+        assert "stays mounted for the next keeper" in systemd.log
+        running = (systemd.pid, server_of(mount))
+        assert not systemd.stop(limit_s=1.0)
+        assert [guest.does("read", path) for path in (image, first, second)] == [before[image], written, written]
+        assert all(processes.is_running(pid) for pid in running)
         guest.clean_up()
         assert systemd.stop(), systemd.log
         assert os.listdir(mount.mountpoint) == []
