@@ -21,6 +21,8 @@ from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.log_writer import LogWriter
+from basefs.service.cache_parts import CacheParts
+from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.metrics_table import Sample
 from basefs.sources.access import GlanceAccess
@@ -75,6 +77,8 @@ class MetricsParts:
     counters: FetchCounters
     records: RecordCounts
     channel: KeeperChannel
+    cache: CacheParts
+    integrity: Integrity
     is_serving: Callable[[], bool]
 
 
@@ -126,8 +130,29 @@ class Metrics:
         yield "basefs_cache_hits_total", (), parts.operations.hits
         yield "basefs_cache_misses_total", (), parts.operations.misses
         yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes
-        yield "basefs_cache_used_bytes", (), sum(entry.local.cached_bytes for entry in parts.catalog.entries())
         yield "basefs_cache_damaged_chunks_total", (), parts.counters.damaged_chunks
+
+        yield from self._space()
+        if parts.integrity.scrubber is not None:
+            scrub = parts.integrity.scrubber.counters
+            yield "basefs_scrub_bytes_total", (), scrub.bytes
+            yield "basefs_scrub_damaged_chunks_total", (), scrub.damaged_chunks
+            if scrub.last_round_at is not None:
+                yield "basefs_scrub_round_timestamp_seconds", (), scrub.last_round_at
+
+    def _space(self) -> Iterator[Sample]:
+        cache = self._parts.cache
+        seen, evicted = cache.space.report(), cache.evictor.counters
+        yield "basefs_cache_used_bytes", (), seen.allocated_bytes
+        if cache.space.limits.max_bytes:
+            yield "basefs_cache_limit_bytes", (), cache.space.limits.max_bytes
+        if seen.free_bytes is not None:
+            yield "basefs_cache_disk_free_bytes", (), seen.free_bytes
+        yield "basefs_cache_degraded", (), float(not cache.health.is_usable)
+        yield "basefs_cache_full", (), float(cache.evictor.is_full)
+        yield "basefs_cache_evicted_chunks_total", (), evicted.chunks
+        yield "basefs_cache_evicted_images_total", (), evicted.images
+        yield "basefs_cache_unstored_bytes_total", (), evicted.unstored_bytes
 
     def _glance(self) -> Iterator[Sample]:
         parts = self._parts

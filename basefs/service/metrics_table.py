@@ -46,7 +46,17 @@ _CACHE = (
     Metric("basefs_cache_hits_total", "counter", "Reads of images answered at once."),
     Metric("basefs_cache_misses_total", "counter", "Reads of images that had to wait for Glance or the cache disk."),
     Metric("basefs_cache_hit_bytes_total", "counter", "Bytes answered at once."),
-    Metric("basefs_cache_used_bytes", "gauge", "Bytes of images in the local cache."),
+    Metric("basefs_cache_used_bytes", "gauge", "What the cache takes on its disk, in allocated blocks."),
+    Metric("basefs_cache_limit_bytes", "gauge", "cache_max_bytes; absent where there is no limit."),
+    Metric("basefs_cache_disk_free_bytes", "gauge", "Free on the disk of the cache."),
+    Metric("basefs_cache_degraded", "gauge", "1 while the cache disk takes no bytes; they are served from memory."),
+    Metric("basefs_cache_full", "gauge", "1 while the limits allow no more and nothing may be evicted."),
+    Metric("basefs_cache_evicted_chunks_total", "counter", "Chunks that were evicted to make room."),
+    Metric("basefs_cache_evicted_images_total", "counter", "Images that were evicted to make room."),
+    Metric("basefs_cache_unstored_bytes_total", "counter", "Bytes that were served and not stored."),
+    Metric("basefs_scrub_bytes_total", "counter", "Bytes that the scrub has read and checked."),
+    Metric("basefs_scrub_damaged_chunks_total", "counter", "Chunks that the scrub found damaged."),
+    Metric("basefs_scrub_round_timestamp_seconds", "gauge", "When the scrub last came to the end of all images."),
     Metric("basefs_cache_damaged_chunks_total", "counter", "Chunks that did not fit their checksum; fetched again."),
 )
 _GLANCE = (

@@ -157,6 +157,8 @@ class Service:
                 counters=counters,
                 records=count_records(),
                 channel=self._channel,
+                cache=cache,
+                integrity=integrity,
                 is_serving=lambda: view.state == "serving",
             )
         )

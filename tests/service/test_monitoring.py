@@ -44,6 +44,8 @@ FIRES: dict[str, dict[str, str]] = {
     "BasefsGlanceSlow": HISTOGRAM_SLOW,
     "BasefsCatalogOld": {f"basefs_catalog_refreshed_timestamp_seconds{{{NODE}}}": "0x240"},
     "BasefsDamagedChunks": {f"basefs_cache_damaged_chunks_total{{{NODE}}}": "0x10 4x240"},
+    "BasefsCacheDegraded": {f"basefs_cache_degraded{{{NODE}}}": "1x240"},
+    "BasefsCacheFull": {f"basefs_cache_full{{{NODE}}}": "1x240"},
     "BasefsSlowLoop": LOOP_SLOW,
     "BasefsFewFilesLeft": {f"process_open_fds{{{NODE}}}": "900x240", f"process_max_fds{{{NODE}}}": "1000x240"},
 }
@@ -65,6 +67,8 @@ QUIET = {
     f"basefs_cache_damaged_chunks_total{{{NODE}}}": "2x300",
     f'basefs_loop_delay_seconds_bucket{{{NODE},le="0.005"}}': "0+15x300",
     f'basefs_loop_delay_seconds_bucket{{{NODE},le="+Inf"}}': "0+15x300",
+    f"basefs_cache_degraded{{{NODE}}}": "0x60 1x4 0x240",
+    f"basefs_cache_full{{{NODE}}}": "0x60 1x8 0x240",
     f"process_open_fds{{{NODE}}}": "100x300",
     f"process_max_fds{{{NODE}}}": "1000x300",
 }

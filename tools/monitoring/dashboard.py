@@ -118,6 +118,25 @@ GRAPHS = (
         ),
     ),
     Panel(
+        title="Cache",
+        queries=(
+            ("sum(basefs_cache_used_bytes{@})", "used"),
+            ("sum(basefs_cache_limit_bytes{@})", "limit"),
+            ("sum(basefs_cache_disk_free_bytes{@})", "free on the disk"),
+        ),
+        unit="bytes",
+    ),
+    Panel(
+        title="Evictions and damage",
+        queries=(
+            ("sum(rate(basefs_cache_evicted_chunks_total{@}[5m]))", "chunks evicted"),
+            ("sum(rate(basefs_cache_damaged_chunks_total{@}[5m]))", "damaged chunks found by reads"),
+            ("sum(rate(basefs_scrub_damaged_chunks_total{@}[5m]))", "damaged chunks found by the scrub"),
+            ("sum(basefs_cache_degraded{@})", "nodes with a degraded cache"),
+            ("sum(basefs_cache_full{@})", "nodes with a full cache"),
+        ),
+    ),
+    Panel(
         title="Memory and processor of the server",
         queries=(
             ('process_resident_memory_bytes{job="basefs",@}', "memory {{instance}}"),
