@@ -103,6 +103,9 @@ class Crew:
         self.next_active_s = None
         self._reason = reason
         if self.standby is not None:
+            if self._standby_ends_s is not None:
+                why = self.restarts.last_death
+                log.error("upgrade: the new server failed (%s); the old version takes over", why)
             server, self.standby, self._standby_ends_s = self.standby, None, None
         else:
             try:
@@ -242,6 +245,7 @@ class Crew:
             log.warning("no server can wait in place of the one that serves: %s", server.failure)
         self._standby_failures += 1
         self._next_standby_s = time.monotonic() + wait_s
+        self._go_on_with_upgrade()
 
     # --- upgrades ---------------------------------------------------------------------------------------
 
@@ -338,7 +342,8 @@ class Crew:
         if _has_come(self._watchdog.due_s, now_s):
             self._watch(now_s)
         if _has_come(self.restarts.resend_due_s, now_s):
-            self._session.resend()
+            with contextlib.suppress(OSError):  # The session is ending, which is found out elsewhere.
+                self._session.resend()
             self.restarts.resent(now_s)
 
     def _start_standby(self) -> None:

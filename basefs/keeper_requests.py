@@ -75,10 +75,11 @@ class RequestSocket:
 
     def handle(self, ready: set[int]) -> Iterator[Request]:
         """What clients asked for."""
-        if self._listener.fileno() in ready:
-            self._accept()
         now_s = time.monotonic()
-        for entry in list(self._clients):
+        clients = list(self._clients)
+        if self._listener.fileno() in ready:
+            self._accept()  # It may have the number of an fd that was ready and closed since; its turn is next.
+        for entry in clients:
             client, deadline_s = entry
             if client.fileno() in ready:
                 self._clients.remove(entry)

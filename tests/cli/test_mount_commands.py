@@ -215,3 +215,31 @@ def test_doctor_reports_a_bad_configuration_and_goes_on(basefs_mount):
     findings = doctor(mount)
     assert "unknown key nonsense" in findings["configuration"]["detail"]
     assert findings["kernel"]["status"] in ("ok", "warning")
+
+
+def test_status_is_the_keepers_while_no_server_answers(mount, expected_warnings):
+    expected_warnings("server .* died")
+    status = mount.status()
+    os.kill(status["server_pid"], signal.SIGSTOP)
+    try:
+        found = mount.status()
+        assert (found["state"], found["server_pid"]) == ("serving", status["server_pid"])
+        assert "hangs" in found["server_error"]
+    finally:
+        os.kill(status["server_pid"], signal.SIGKILL)
+
+
+def test_upgrade_tells_what_it_did(mount):
+    before = mount.status()
+    done = mount.cli("upgrade", "-f", "json", timeout_s=120)
+    answer = json.loads(done.stdout)
+    assert answer["upgraded"] is True
+    assert answer["old_pid"] == before["server_pid"]
+    assert mount.status()["server_pid"] == answer["serving_pid"] == holder_of(mount)["server_pid"]
+
+
+def test_upgrade_without_a_keeper_says_what_is_wrong(mount):
+    mount.unmount()
+    done = mount.cli("upgrade", check=False)
+    assert done.returncode == 1
+    assert "no keeper answers" in done.stderr

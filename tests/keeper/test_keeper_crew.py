@@ -155,6 +155,18 @@ def test_an_upgrade_replaces_server_and_standby_and_fails_no_read(mounting, cont
     eventually(lambda: ask_keeper(control_socket, "status")["standby_version"] == "2")
 
 
+def test_a_new_version_that_dies_soon_is_followed_by_the_old_one(mounting, control_socket, versioned):
+    keeper = mounting.start_ready()
+    wait_for_standby(control_socket)
+    with_command(mounting, "2")
+    answer = ask_keeper(control_socket, "upgrade", deadline_s=60)
+    os.kill(answer["new_pid"], signal.SIGABRT)
+    keeper.wait_for_log("the old version takes over")
+    keeper.wait_for_log("again")
+    assert ask_keeper(control_socket, "status")["server_version"] == "1"
+    assert (mounting.mountpoint / "img").read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize(
     ("step", "what", "why"),
     [
