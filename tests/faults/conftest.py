@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import LOG_LINE
 from tests.fakes.front import MisbehavingFront
+from tests.faults.readers import eventually
 from tools.mount import BasefsMount, base_name
 
 MIB = 1 << 20
@@ -99,8 +100,10 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with MisbehavingFront() as front:
         stock = [front.glance.add(random.Random(n % 4).randbytes(3 * MIB + 1)) for n in range(STOCK_IMAGES)]
         with BasefsMount(directory, front.conf_lines(), SHARED_OPTIONS) as mount:
-            mount.wait_for_images(STOCK_IMAGES)  # else a name's first look-up waits for the list, a second and more
-            yield Site(front, mount, stock)
+            shared = Site(front, mount, stock)
+            # Else a name's first look-up waits for the list, a second and more.
+            eventually(lambda: shared.status()["images"] >= STOCK_IMAGES)
+            yield shared
 
 
 @pytest.fixture

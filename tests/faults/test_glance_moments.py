@@ -12,7 +12,7 @@ from tests.conftest import LOG_LINE
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
 from tests.faults.conftest import HEADER_BYTES, MIB
-from tests.faults.readers import opened, pread, reader_threads
+from tests.faults.readers import eventually, opened, pread, reader_threads
 from tools.mount import BasefsMount, base_name
 
 pytestmark = pytest.mark.mount
@@ -62,7 +62,8 @@ def boots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Misbehavin
             front.glance.add(data)
         options = {"other_io_deadline_s": 120.0, "lookup_deadline_s": 60.0}
         with BasefsMount(tmp_path_factory.mktemp("boots"), front.conf_lines(), options) as mount:
-            mount.wait_for_images(len(front.glance.images))
+            status = mount.mountpoint / ".basefs" / "status.json"
+            eventually(lambda: json.loads(status.read_text())["images"] >= len(front.glance.images))
             yield front, mount
 
 
