@@ -24,7 +24,7 @@ class KeeperSpec(NamedTuple):
     control_socket: str = ""
     """The server's; ours is beside it. None is made where this is empty."""
     read_ahead_kib: int = 1024
-    max_background: int = 1024
+    max_background: int = 8192
     start_deadline_s: float = 60.0
     watchdog_s: float = 20.0
     upgrade_deadline_s: float = 30.0

@@ -122,7 +122,7 @@ _FETCHING = [
     ),
     cfg.IntOpt(
         "max_background",
-        default=1024,
+        default=8192,
         min=1,
         max=65535,
         help="Asynchronous requests (O_DIRECT and readahead) that the kernel has open with the server at a time; "

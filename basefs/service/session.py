@@ -13,9 +13,9 @@ import trio
 
 from basefs.service.keeper_channel import KeeperChannel
 
-SYNCHRONOUS_MAX = 4000
+SYNCHRONOUS_MAX = 1000
 """Requests worked on at a time beside `max_background` asynchronous ones, so that `stat` and `ls` never wait for reads
-that wait for Glance: 60 guests whose qemu reads with 64 threads each. A request costs about 8 KiB while it waits."""
+that wait for Glance (those of O_DIRECT count as asynchronous, however they are made). A request costs 8 KiB."""
 
 
 log = logging.getLogger(__name__)
