@@ -6,6 +6,7 @@ import mmap
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -211,3 +212,42 @@ def test_a_cache_disk_that_fails(
         kill_server(mount)
         assert path.stat().st_mtime_ns == OLD_NS
         mount.stop()
+
+
+def test_changes_under_an_upgrade(front: MisbehavingFront, basefs_mount: Callable[..., BasefsMount]) -> None:
+    """[S1257] An upgrade does nothing twice and loses nothing: no call that changes the lower directory fails by it."""
+    mount = basefs_mount(front.conf_lines())
+    stop = threading.Event()
+    failures: list[OSError] = []
+    rounds = [0, 0, 0]
+
+    def change(number: int) -> None:
+        here = mount.mountpoint / f"worker{number}"
+        here.mkdir()
+        while not stop.is_set():
+            try:
+                os.mkdir(here / "d")
+                os.rename(here / "d", here / "e")
+                os.close(os.open(here / "f", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                os.link(here / "f", here / "g")
+                os.unlink(here / "f")
+                os.unlink(here / "g")
+                os.rmdir(here / "e")
+            except OSError as error:
+                failures.append(error)
+                return
+            rounds[number] += 1
+
+    workers = [threading.Thread(target=change, args=(number,)) for number in range(len(rounds))]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in range(2):
+            before = list(rounds)
+            mount.cli("upgrade")
+            eventually(lambda before=before: failures or all(map(int.__gt__, rounds, before)))
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+    assert failures == []
