@@ -26,6 +26,7 @@ from typing import Any
 from basefs import hardening
 from basefs.errors import BasefsError, MountError
 from basefs.keeper_crew import Crew, SessionEndedError
+from basefs.keeper_held import raise_fd_limit
 from basefs.keeper_log import set_up_log
 from basefs.keeper_predecessors import end_predecessors
 from basefs.keeper_requests import Request, RequestSocket
@@ -306,6 +307,7 @@ def main() -> None:
     hardening.forbid_core_files()
     _keep_fds_to_ourselves()
     hardening.keep_files_private()
+    raise_fd_limit()
     keeper = Keeper(KeeperSpec(**json.loads(sys.argv[1])))
     try:
         sys.exit(keeper.run())

@@ -161,6 +161,16 @@ class HeldFds:
             log.warning("not held for the next server: %s", refusal)
 
 
+def raise_fd_limit() -> None:
+    """Have room for ENTRIES_MAX, or as much as the hard limit gives; a login's soft limit of 1,024 is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENTRIES_MAX + OTHER_FDS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
 def fd_limit() -> int:
     """How many fds this process may have, at most ENTRIES_MAX more than OTHER_FDS."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from basefs.keeper_held import ENTRIES_MAX, KEY_AND_NOTE_BYTES_MAX, OTHER_FDS, HeldFds, fd_limit
+from basefs.keeper_held import ENTRIES_MAX, KEY_AND_NOTE_BYTES_MAX, OTHER_FDS, HeldFds, fd_limit, raise_fd_limit
 from basefs.server_process import MESSAGE_BYTES_MAX
 
 
@@ -219,6 +219,16 @@ def test_what_cannot_have_been_held_is_not_restored(text: bytes) -> None:
         held.restore(text, fd, 2)
     os.close(fd)
     held.close()
+
+
+def test_a_login_s_fd_limit_is_raised_to_what_may_be_held() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, limits[1]))
+        raise_fd_limit()
+        assert fd_limit() == min(ENTRIES_MAX + OTHER_FDS, limits[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_the_bound_is_the_fd_limit_less_some() -> None:
