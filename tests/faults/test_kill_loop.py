@@ -8,6 +8,7 @@ from tests.conftest import ExpectedWarnings, MountFactory
 from tools.rig import Rig
 from tools.soak.fio_readers import FioReaders, make_image
 from tools.soak.killer import KILLED_SERVERS_LOG, Killer, again, forget_pages
+from tools.soak.lower_writers import lower_writers
 
 pytestmark = [pytest.mark.mount, pytest.mark.glance]
 
@@ -19,7 +20,7 @@ STALL_S_MAX = 30.0
 """No reader's read took longer, also where eight test runs share two cores; `make soak` has the real bound."""
 
 
-def test_16_verifying_readers_notice_nothing_of_a_server_that_is_killed_every_1_to_3_s(
+def test_16_verifying_readers_and_3_writers_notice_nothing_of_a_server_killed_every_1_to_3_s(
     rig: Rig,
     basefs_mount: MountFactory,
     expected_warnings: ExpectedWarnings,
@@ -43,13 +44,15 @@ def test_16_verifying_readers_notice_nothing_of_a_server_that_is_killed_every_1_
         return is_killed
 
     try:
-        with again(kill, least_s=1.0, most_s=3.0) as killing:
+        with again(kill, least_s=1.0, most_s=3.0) as killing, lower_writers(mount.mountpoint, 3) as writers:
             result = readers.result()
     finally:
         readers.stop()
     with capsys.disabled():
         print(f"\n{killing.done} kills, {result.reads:,} reads, the longest took {result.longest_stall_s:.2f} s")
     assert result.errors == ""
+    assert [error for writer in writers for error in writer.errors] == []
+    assert all(writer.rounds for writer in writers)
     assert killing.done >= 3
     assert len(result.stalls_s) == 16
     assert result.longest_stall_s < STALL_S_MAX
