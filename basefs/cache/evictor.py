@@ -1,10 +1,8 @@
 """Makes room in the cache: the least recently used chunks go, those of images in use last.
 
-Order of what goes (`rank_of`): images not in use; of those, the ones that come as a stream last and as a whole; then
-images that are open or behind an overlay; then pinned ones. Never: what is in use and could not be fetched again.
-Within a rank the oldest chunks, by sweeps of a CLOCK hand (`cache/ledger.py`). A chunk's age says in which epoch,
-the time between two sweeps, it was last used; an epoch is 1/16 of the cache written. So a chunk that is evicted was
-last used at most one epoch later than any chunk that is kept in its rank.
+What goes first is in `eviction_order`. A chunk's age says in which epoch, the time between two sweeps of a CLOCK hand
+(`cache/ledger.py`), it was last used; an epoch is 1/16 of the cache written. So a chunk that is evicted was last used
+at most one epoch later than any chunk that is kept in its rank.
 
 One task, `run`, does all evictions; who needs room asks it and waits, not longer than MAKE_ROOM_S. Owned by the trio
 loop.
@@ -14,17 +12,16 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import trio
 
 from basefs import errors
+from basefs.cache.eviction_order import IN_USE, PINNED, UNUSED_STREAM, CacheContents, Victim, rank_of, victims_of
 from basefs.cache.ledger import AGE_MAX
 from basefs.cache.space import UNLIMITED, CacheSpace, Room, transfer_cost
-from basefs.catalog.records import ImageEntry
 from basefs.concurrency.threads import BlockingCalls
 from basefs.observability import ConditionLog
 
@@ -40,70 +37,6 @@ HOPELESS_S = 2.0
 """After a pass that found nothing to evict, nobody looks again for so long."""
 PASSES_MAX = 10
 """Images are opened and read while a pass goes on, so that it finds less than it saw."""
-UNUSED, UNUSED_STREAM, IN_USE, PINNED = 0, 1, 2, 3
-
-
-class EvictableImage(Protocol):
-    """A prepared image; `cache.image_fetcher.ImageFetcher`."""
-
-    entry: ImageEntry
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a transfer is under way or a reader is inside."""
-        ...
-
-    def ages(self) -> list[tuple[int, int]]:
-        """The ages that chunks have, oldest first, and their bytes."""
-        ...
-
-    def sweep(self) -> bool:
-        """Every chunk is one sweep older; whether any was used since the last sweep."""
-        ...
-
-    async def evict(self, age: int, bytes_max: int) -> int:
-        """Drop chunks at least `age` old until their blocks were at least `bytes_max`; how many chunks that were."""
-        ...
-
-
-class CacheContents(Protocol):
-    """What there is to evict; the handler."""
-
-    def prepared(self) -> list[EvictableImage]:
-        """The images that are open here or were lately."""
-        ...
-
-    def entries(self) -> Iterable[ImageEntry]:
-        """Every image that is known."""
-        ...
-
-    def allocated(self, entry: ImageEntry) -> int:
-        """What the image's files hold of the disk."""
-        ...
-
-    def why_in_use(self, entry: ImageEntry) -> list[str]:
-        """Why the image is in use, in an operator's words; empty when it is not."""
-        ...
-
-    async def learn_uses(self) -> None:
-        """Have `why_in_use` be of the last seconds."""
-        ...
-
-    async def prepare(self, entry: ImageEntry) -> EvictableImage:
-        """Prepare an image whose chunks are to be evicted one by one.
-
-        Raises:
-            BasefsError: it cannot be.
-        """
-        ...
-
-    async def drop(self, entry: ImageEntry) -> int:
-        """Drop all of an image that nobody has open; how many image bytes that were.
-
-        Raises:
-            BasefsError: it was not dropped.
-        """
-        ...
 
 
 @dataclass(slots=True)
@@ -113,22 +46,6 @@ class EvictionCounters:
     chunks: int = 0
     images: int = 0
     unstored_bytes: int = 0
-
-
-def rank_of(entry: ImageEntry, *, is_in_use: bool) -> int | None:
-    """When the image's turn comes: lower goes earlier, None never goes.
-
-    A stream brings one chunk at the price of the whole image. What Glance has no more, or does not give, would be an
-    I/O error to a guest.
-    """
-    is_streamed = entry.local.source_kind == "streamed"
-    if is_in_use and (is_streamed or entry.is_gone or entry.record.status != "active"):
-        return None
-    if entry.local.pinned:
-        return PINNED
-    if is_in_use:
-        return IN_USE
-    return UNUSED_STREAM if is_streamed else UNUSED
 
 
 @dataclass(slots=True, eq=False)
@@ -147,22 +64,6 @@ class _Ask:
     """Promised in the step that made it: else who asks next would take it."""
     is_over: bool = False
     done: trio.Event = field(default_factory=trio.Event)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Victim:
-    """Chunks of one image and age; `image` is None where it is not prepared."""
-
-    rank: int
-    age: int
-    used_at_ns: int
-    entry: ImageEntry
-    image: EvictableImage | None
-    allocated: int
-
-    @property
-    def order(self) -> tuple[int, int, int, int]:
-        return self.rank, -self.age, self.used_at_ns, self.entry.number
 
 
 class Evictor:
@@ -327,7 +228,7 @@ class Evictor:
         What is in use goes only if that makes the room: else guests would lose their chunks for nothing.
         """
         await contents.learn_uses()
-        victims = self._victims(contents, ask)
+        victims = victims_of(contents, self.age_of, rank_max=ask.rank_max, spare=ask.spare)
         helps = self._space.headroom() + sum(victim.allocated for victim in victims) >= ask.length
         target = ask.length + min(BATCH_BYTES, self._margin())
         before = self._space.report().allocated_bytes
@@ -346,7 +247,7 @@ class Evictor:
             await self._disk.run(self._space.sample)
         ask.freed_bytes = before - self._space.report().allocated_bytes
 
-    async def _evict(self, contents: CacheContents, victim: _Victim, missing: int) -> None:
+    async def _evict(self, contents: CacheContents, victim: Victim, missing: int) -> None:
         entry, image = victim.entry, victim.image
         if victim.rank == UNUSED_STREAM or (image is None and victim.allocated <= missing):
             if image is None or not image.is_busy:
@@ -355,24 +256,3 @@ class Evictor:
         if image is None:
             image = await contents.prepare(entry)
         self.counters.chunks += await image.evict(0 if victim.image is None else victim.age, missing)
-
-    def _victims(self, contents: CacheContents, ask: _Ask) -> list[_Victim]:
-        """What may go for `ask`, first what goes first: O(images)."""
-        prepared = {image.entry.number: image for image in contents.prepared()}
-        victims = []
-        for entry in contents.entries():
-            allocated = contents.allocated(entry)
-            if not allocated or entry.number == ask.spare:
-                continue
-            rank = rank_of(entry, is_in_use=bool(contents.why_in_use(entry)))
-            if rank is None or rank > ask.rank_max:
-                continue
-            image = prepared.get(entry.number)
-            used_at_ns = entry.local.last_used_ns or 0
-            ages = image.ages() if image is not None else [(self.age_of(entry.local.last_used_ns), allocated)]
-            victims += [
-                _Victim(rank=rank, age=age, used_at_ns=used_at_ns, entry=entry, image=image,
-                        allocated=min(length, allocated))
-                for age, length in ages
-            ]  # fmt: skip
-        return sorted(victims, key=lambda victim: victim.order)

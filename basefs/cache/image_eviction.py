@@ -1,4 +1,4 @@
-"""Drops chunks of one prepared image; the evictor says how old ones (`cache.evictor.EvictableImage`).
+"""Drops chunks of one prepared image; the evictor says how old ones (`cache.eviction_order.EvictableImage`).
 
 A chunk is claimed in one synchronous step in which nobody has it in hand, so it is served no more; then a thread
 clears its checksum and frees its blocks; only then it is missing and may be fetched again. So no reader sees a hole,

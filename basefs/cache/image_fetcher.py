@@ -134,10 +134,9 @@ class ImageFetcher:
                 self._transfers.read_ahead(marker, chunks)
             memory |= await self._verifier.verify(span)
             absent = [index for index in self._ledger.absent(span) if index not in memory]
-            for index in absent:
-                if (chunk := self._services.unstored.get(self.entry.number, index)) is not None:
-                    memory[index] = chunk
-            absent = [index for index in absent if index not in memory]
+            if absent and (kept := self._unstored(absent)):
+                memory |= kept
+                absent = [index for index in absent if index not in memory]
             if not absent:
                 data = await self._assemble(span, offset, length, memory)
                 if data is not None:
@@ -151,6 +150,15 @@ class ImageFetcher:
                     last_error[:] = [exc]
                     if not _may_pass(exc, patient=patient):
                         raise
+
+    def _unstored(self, absent: list[int]) -> dict[int, bytes]:
+        """Those of `absent` that are kept in memory, as long as nothing can be stored."""
+        unstored = self._services.unstored
+        if self._services.health.is_usable and not self._services.evictor.is_full:
+            unstored.clear()
+            return {}
+        found = {index: unstored.get(self.entry.number, index) for index in absent}
+        return {index: chunk for index, chunk in found.items() if chunk is not None}
 
     async def _wait_for(self, absent: list[int], *, keeps: bool = True) -> dict[int, bytes]:
         """Have `absent` chunks fetched and wait; those that are not in the cache are returned (see `Waiter`)."""

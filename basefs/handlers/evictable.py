@@ -1,8 +1,8 @@
-"""What the evictor finds in the downloading handler (`cache.evictor.CacheContents`)."""
+"""What the evictor finds in the downloading handler (`cache.eviction_order.CacheContents`)."""
 
 from collections.abc import Callable, Iterable
 
-from basefs.cache.evictor import EvictableImage
+from basefs.cache.eviction_order import EvictableImage
 from basefs.cache.space import CacheSpace
 from basefs.catalog.records import ImageEntry
 from basefs.core.inodes import image_inode

@@ -1,7 +1,8 @@
 """What the evictor drops, in which order, and that no reader ever sees a hole."""
 
 import random
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,20 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
-from basefs.cache.evictor import PINNED, EvictableImage, rank_of
+from basefs import errors
+from basefs.cache import disk_health
+from basefs.cache.chunk_file import ChunkFile
+from basefs.cache.eviction_order import PINNED, EvictableImage, rank_of
 from basefs.cache.fetch_services import FetchServices
+from basefs.cache.ledger import ChunkLedger
 from basefs.cache.space import CacheLimits
 from basefs.catalog.records import ImageEntry
 from basefs.core.inodes import image_inode
 from basefs.core.names import base_name_of
+from basefs.core.readahead import Window
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from tests.cache.conftest import CHUNK, make_entry
@@ -64,6 +72,7 @@ class Node:
         for offset in range(0, entry.size, step):
             await self.read(entry, offset, min(step, entry.size - offset))
             self.highest_bytes = max(self.highest_bytes, self.files_bytes())
+        await (await self.handler.fetch_image(entry)).fetcher._flights.wait_idle()  # sizes are told at the end
 
     def files_bytes(self) -> int:
         """What the files hold of the disk, as du counts it."""
@@ -96,9 +105,6 @@ class Node:
 
     async def drop(self, entry: ImageEntry) -> int:
         return await self.handler.remove_image(entry)
-
-
-Nodes = Callable[..., object]
 
 
 @asynccontextmanager
@@ -215,3 +221,139 @@ async def test_readers_at_once_over_a_cache_that_thrashes_never_see_a_wrong_byte
                 readers.start_soon(reader)
         assert node.highest_bytes <= LIMIT
         assert node.services.evictor.counters.chunks > 0
+
+
+@given(seed=st.integers(0, 2**32), sweeps=st.integers(1, 8), evict=st.integers(1, 40))
+def test_what_is_evicted_was_used_at_most_one_epoch_after_what_is_kept(seed: int, sweeps: int, evict: int) -> None:
+    """The reference is LRU by the exact order of uses; an epoch is the time between two sweeps."""
+    rng = random.Random(seed)
+    chunks = 64
+    ledger = ChunkLedger(bytearray(chunks), None, size=chunks * CHUNK, chunk_bytes=CHUNK)
+    epoch_of = dict.fromkeys(range(chunks), 0)
+    for index in range(chunks):
+        ledger.claim(Window(range(index, index + 1), None))
+        ledger.stored(index)
+    for epoch in range(1, sweeps + 1):
+        ledger.sweep()
+        for _ in range(rng.randrange(chunks)):
+            index = rng.randrange(chunks)
+            ledger.touch(range(index, index + 1))
+            epoch_of[index] = epoch
+    gone: set[int] = set()
+    for age, _ in ledger.ages():
+        gone.update(ledger.claim_eviction(age, evict - len(gone)))
+        if len(gone) == evict:
+            break
+    assert len(gone) == evict
+    kept = set(range(chunks)) - gone
+    assert max(epoch_of[index] for index in gone) <= min(epoch_of[index] for index in kept)
+
+
+def test_chunks_that_a_reader_has_in_hand_are_not_evicted() -> None:
+    ledger = ChunkLedger(bytearray([1]) * 10, None, size=10 * CHUNK, chunk_bytes=CHUNK)
+    ledger.hold(range(2, 5))
+    ledger.hold(range(2, 5))
+    ledger.release(range(2, 5))
+    assert ledger.claim_eviction(0, 10) == [0, 1, 5, 6, 7, 8, 9]
+    assert ledger.absent(range(10)) == [0, 1, 5, 6, 7, 8, 9]
+    ledger.evicted([0, 1, 5, 6, 7, 8, 9])
+    ledger.release(range(2, 5))
+    assert ledger.claim_eviction(0, 10) == [2, 3, 4]
+
+
+async def test_a_chunk_that_is_going_is_waited_for_and_fetched_again(tmp_path: Path) -> None:
+    """The drop is held back in its thread while a reader asks for the chunk: its hole must not meet the refetch."""
+    async with a_node(tmp_path) as node:
+        image = node.add("image", data_of(1))
+        await node.read_whole(image)
+        fetcher = (await node.handler.fetch_image(image)).fetcher
+        file = fetcher._ledger.file
+        assert file is not None
+        dropping, go_on = threading.Event(), threading.Event()
+        drop = file.drop
+
+        def held_back(indexes: Sequence[int]) -> None:
+            dropping.set()
+            go_on.wait(10)
+            drop(indexes)
+
+        file.drop = held_back  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetcher.eviction.evict, 0, CHUNK)
+            await trio.to_thread.run_sync(dropping.wait, 10)
+            assert fetcher.hit(0, 100) is None
+            nursery.start_soon(node.read, image, 0, CHUNK)
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            go_on.set()
+        await node.read_whole(image)
+
+
+async def test_a_stream_over_a_full_cache_comes_once_for_a_reader_in_order(
+    tmp_path: Path, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("one stream")
+    expected_warnings("the cache is full and nothing more may go")
+    async with a_node(tmp_path) as node:
+        stays = node.add("stays", data_of(1, 14 * MIB), status="deactivated")
+        node.bases.add("stays")
+        await node.read_whole(stays)
+        node.source.ranged = False
+        streamed = node.add("streamed", data_of(2, 40 * MIB))
+        await node.read_whole(streamed)
+        streams = [call for call in node.source.calls if call[0] == "stream"]
+        assert len(streams) == 1, "it goes no further than its reader"
+        assert node.files_bytes() <= LIMIT
+
+
+async def test_warming_what_does_not_fit_ends_with_the_reason_and_evicts_nothing_in_use(
+    tmp_path: Path, expected_warnings: ExpectedWarnings
+) -> None:
+    async with a_node(tmp_path) as node:
+        base = node.add("base", data_of(1))
+        node.bases.add("base")
+        await node.read_whole(base)
+        large = node.add("large", data_of(2, 40 * MIB))
+        async with node.handler.warmer.hold(large) as warming:
+            with trio.fail_after(60):
+                await warming.done.wait()
+        assert "no room" in str(warming.error)
+        assert node.cached(base) == base.size
+        assert node.source.received_bytes < 40 * MIB, "it is not fetched to be thrown away"
+
+
+async def test_a_disk_that_fails_is_told_once_and_heals_by_itself(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+    expected_warnings: ExpectedWarnings,
+) -> None:
+    expected_warnings("serving round the cache: .*Input/output error")
+    caplog.set_level("INFO", logger="basefs.cache.disk_health")
+    is_broken = True
+
+    def written(self: ChunkFile, offset: int, piece: bytes) -> None:
+        if is_broken:
+            raise errors.CacheError("cache file: Input/output error")
+        write_piece(self, offset, piece)
+
+    def probe(path: Path) -> None:
+        if is_broken:
+            raise OSError(5, "Input/output error")
+
+    write_piece = ChunkFile.write_piece
+    monkeypatch.setattr(ChunkFile, "write_piece", written)
+    monkeypatch.setattr(disk_health, "_probe", probe)
+    async with a_node(tmp_path) as node:
+        images = [node.add(f"image {n}", data_of(n)) for n in range(3)]
+        for image in images:
+            await node.read_whole(image)
+        assert not node.services.health.is_usable
+        assert node.cached(images[2]) == 0
+        is_broken = False
+        await trio.sleep(3 * disk_health.DISK_RETRY_S)
+        assert node.services.health.is_usable
+        await node.read_whole(images[2])
+        assert node.cached(images[2]) == images[2].size
+    levels = [record.levelname for record in caplog.records if record.name == "basefs.cache.disk_health"]
+    assert levels == ["WARNING", "INFO"]

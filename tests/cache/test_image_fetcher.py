@@ -198,6 +198,7 @@ async def test_a_stream_with_a_wrong_hash_leaves_nothing_behind(
     expected_warnings("hash is wrong")
     entry = make_entry(len(image), os_hash_algo="sha512", os_hash_value=hashlib.sha512(b"other").hexdigest())
     entry.local.source_kind = "streamed"
+    source.ranged = False
     async with fetchers(source, entry=entry) as fetcher:
         await read(fetcher, len(image) - 10, 10)
         await fetcher._flights.wait_idle()
