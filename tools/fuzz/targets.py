@@ -133,6 +133,23 @@ def http_headers(_directory: Path) -> Target:
     return target
 
 
+def overlays(_directory: Path) -> Target:
+    """Headers of disks of instances, which guests' owners may have written: a short name of a base, or ours."""
+    from basefs.core.qcow2_header import HEADER_BYTES, NAME_BYTES_MAX, backing_name, base_names_in
+
+    def target(data: bytes) -> None:
+        with suppress(ValueError):
+            where = backing_name(data[:HEADER_BYTES])
+            if where is not None:
+                assert 0 < where.length <= NAME_BYTES_MAX
+                assert HEADER_BYTES <= where.offset < 1 << 21
+        for name in base_names_in(data[HEADER_BYTES:]):
+            assert len(name) == 40
+            assert int(name, 16) >= 0
+
+    return target
+
+
 def metadata(_directory: Path) -> Target:
     """What Glance says of an image."""
     from basefs.catalog.glance_images import earlier, record_of
@@ -230,6 +247,14 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
     "http-headers": (
         http_headers,
         [b"bytes 0-9/10", b"bytes 0-9/*", b"120", b"Wed, 21 Oct 2026 07:28:00 GMT", b"9" * 400, b"<title>x</title>"],
+    ),
+    "overlays": (
+        overlays,
+        [
+            b"QFI\xfb" + bytes.fromhex("00000003 0000000000000070 00000028 00000010") + bytes(48) + b"a" * 40,
+            b"QFI\xfb",
+            b"\xff" * 72 + b"json:{" + b"0" * 40 + b"}",
+        ],
     ),
     "metadata": (metadata, [b'{"id": "1", "status": "active", "size": 3}', b"2026-11-22T00:00:00Z", b"[" * 5000]),
     "control-requests": (

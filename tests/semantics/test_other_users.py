@@ -64,6 +64,9 @@ def connect(path: Path, kind: socket.SocketKind) -> None:
 def test_sockets_and_cache_refuse_other_users_whatever_umask_and_modes_there_were(
     umask: int, open_directory: Path, rig: Rig
 ) -> None:
+    """[S1702] Other users can neither use basefs' sockets nor look into `cache_dir`, whatever umask basefs was started
+    with and whatever mode the directory had.
+    """
     mount = BasefsMount(open_directory, rig.conf_lines())
     for path in (open_directory, mount.instances_path, mount.mountpoint):
         os.chmod(path, 0o755)
@@ -90,6 +93,7 @@ def test_sockets_and_cache_refuse_other_users_whatever_umask_and_modes_there_wer
 
 
 def test_a_cache_directory_of_another_user_is_refused(open_directory: Path, rig: Rig) -> None:
+    """[S1703] A `cache_dir` that belongs to another user is refused, and nothing is mounted."""
     mount = BasefsMount(open_directory, rig.conf_lines())
     os.chown(mount.cache_dir, 65534, -1)
     with pytest.raises(MountError, match="belongs to uid 65534, not to uid 0: chown it"):
@@ -100,6 +104,7 @@ def test_a_cache_directory_of_another_user_is_refused(open_directory: Path, rig:
 def test_what_another_user_made_under_the_name_of_the_control_socket_is_not_used(
     open_directory: Path, rig: Rig
 ) -> None:
+    """[S1704] A socket of somebody else under the name of `control_socket` is not used, and nothing is mounted."""
     mount = BasefsMount(open_directory, rig.conf_lines())
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(open_directory / "control.sock"))

@@ -58,6 +58,9 @@ WAYS: list[Ways] = [swap_data, swap_maps, swap_both, same_data, sums_of_the_othe
 def test_files_of_the_cache_that_were_exchanged_give_no_other_bytes(
     basefs_mount: MountFactory, expected_warnings: ExpectedWarnings
 ) -> None:
+    """[S1701] Nothing of one image is ever read through another's name, also when files of the cache were exchanged or
+    copied.
+    """
     contents = [Random(seed).randbytes(SIZE) for seed in range(2 * len(WAYS))]
     with MisbehavingFront() as front:
         ids = [front.glance.add(content) for content in contents]
