@@ -70,7 +70,7 @@ def test_foreground_serves_until_a_signal_and_exits_0(basefs_mount):
     keeper = subprocess.Popen(argv, stderr=subprocess.PIPE, env=mount.environment)
     with keeper:
         for line in keeper.stderr:
-            if b"serves" in line:
+            if b" serves " in line:
                 break
         assert holder_of(mount)["keeper_pid"] == keeper.pid
         keeper.send_signal(signal.SIGINT)

@@ -177,7 +177,7 @@ def test_a_new_version_that_dies_soon_is_followed_by_the_old_one(mounting, contr
     ],
 )
 def test_a_new_version_that_fails_leaves_the_old_one_serving(mounting, control_socket, versioned, step, what, why):
-    mounting.start_ready(upgrade_deadline_s=3.0)
+    mounting.start_ready(upgrade_deadline_s=3.0 if what == "hang" else 60.0)
     wait_for_standby(control_socket)
     with_command(mounting, "2")
     mounting.set_mode(at=step, do=what, by="2")
