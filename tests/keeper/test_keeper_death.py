@@ -217,15 +217,15 @@ def test_another_configuration_waits_until_it_is_unmounted(mounting, systemd, tm
     assert list(elsewhere.iterdir()) == []
 
 
-def test_a_full_or_readonly_cache_disk_keeps_no_session_from_being_adopted(mounting, systemd):
-    cache = Path(mounting.spec.cache_dir)
-    cache.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "none", str(cache)], check=True)
+def test_a_lock_file_that_cannot_be_opened_keeps_no_session_from_being_adopted(mounting, systemd):
+    systemd.start()
+    lock = Path(mounting.spec.cache_dir) / "lock"
+    subprocess.run(["chattr", "+i", str(lock)], check=True)  # as on a disk that became read-only
     try:
-        systemd.start()
-        subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=False)
+        with pytest.raises(PermissionError):
+            lock.open("r+")
         with readers(mounting):
             systemd.kill(server_of(mounting))
             systemd.start()
     finally:
-        subprocess.run(["umount", "-l", str(cache)], check=True)
+        subprocess.run(["chattr", "-i", str(lock)], check=True)
