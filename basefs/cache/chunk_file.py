@@ -17,6 +17,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from basefs import errors
@@ -257,8 +258,9 @@ class ChunkFile:
     def close(self) -> None:
         """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
         self._ready.release()
-        os.close(self.data_fd)
-        os.close(self._map_fd)
+        for fd in (self.data_fd, self._map_fd):
+            with suppress(OSError):  # what a bad disk has to say; the fd is gone all the same
+                os.close(fd)
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:

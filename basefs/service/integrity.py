@@ -28,7 +28,7 @@ class Integrity:
         self._handler = handler
         self._images = CheckedImages(
             open=handler.checked_image,
-            is_used=lambda entry: handler.open_handles(entry) > 0,
+            is_used=lambda entry: bool(handler.why_in_use(entry)),
             refetch_deadline_s=settings.other_io_deadline_s,
         )
         self.scrubber: Scrubber | None = None
