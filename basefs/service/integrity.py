@@ -16,19 +16,25 @@ from basefs.catalog.store import CatalogStore
 from basefs.config import Settings
 from basefs.control.api import PROGRESS_INTERVAL_S
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.handlers.uses import ImageUses
 
 
 class Integrity:
     """Checks of what is here; `scrubber` is None where the scrub is switched off."""
 
     def __init__(
-        self, catalog: Catalog, handler: DownloadingTemplateImageHandler, store: CatalogStore, settings: Settings
+        self,
+        catalog: Catalog,
+        handler: DownloadingTemplateImageHandler,
+        uses: ImageUses,
+        store: CatalogStore,
+        settings: Settings,
     ) -> None:
         self._catalog = catalog
         self._handler = handler
         self._images = CheckedImages(
             open=handler.checked_image,
-            is_used=lambda entry: bool(handler.why_in_use(entry)),
+            is_used=lambda entry: bool(uses.why_in_use(entry)),
             refetch_deadline_s=settings.other_io_deadline_s,
         )
         self.scrubber: Scrubber | None = None

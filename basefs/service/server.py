@@ -115,7 +115,7 @@ class Service:
             is_first=is_first,
         )
         handler = cache.handler
-        integrity = Integrity(catalog, handler, database, settings)
+        integrity = Integrity(catalog, handler, cache.uses, database, settings)
         gate = ServableGate(
             source,
             handler,
