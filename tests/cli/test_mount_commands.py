@@ -217,8 +217,9 @@ def test_doctor_reports_a_bad_configuration_and_goes_on(basefs_mount):
     assert findings["kernel"]["status"] in ("ok", "warning")
 
 
-def test_status_is_the_keepers_while_no_server_answers(mount, expected_warnings):
+def test_status_is_the_keepers_while_no_server_answers(basefs_mount, expected_warnings):
     expected_warnings("server .* died")
+    mount = basefs_mount(options={"watchdog_s": 600.0})
     status = mount.status()
     os.kill(status["server_pid"], signal.SIGSTOP)
     try:
