@@ -25,6 +25,7 @@ from tests.fakes.front import MisbehavingFront
 from tests.faults.conftest import HEADER_BYTES, MIB
 from tests.faults.readers import LIMIT_S, eventually, opened, pread
 from tools.mount import BasefsMount, base_name
+from tools.soak.killer import KILLED_SERVERS_LOG, server_pid, signal_server
 
 pytestmark = pytest.mark.mount
 
@@ -183,7 +184,7 @@ def test_kill_9_of_the_server_fails_no_read(
     data = rng.randbytes(16 * MIB + 1)
     image_id = front.glance.add(data)
     mount = basefs_mount(front.conf_lines())
-    expected_warnings("server .* died .*starting another")
+    expected_warnings("|".join(KILLED_SERVERS_LOG))
     front.on("/file").respond(answers.slow(bytes_per_s=8 * MIB))
     with Readers(mount.mountpoint / base_name(image_id), data, 1).running() as readers:
         for _ in range(4):
@@ -195,13 +196,33 @@ def test_kill_9_of_the_server_fails_no_read(
     assert not readers.failures
 
 
+def test_servers_killed_at_any_moment_of_their_start_fail_no_read(
+    front: MisbehavingFront, basefs_mount: MountFactory, expected_warnings: ExpectedWarnings
+) -> None:
+    data = random.Random(10).randbytes(8 * MIB + 1)
+    image_id = front.glance.add(data)
+    mount = basefs_mount(front.conf_lines(), {"other_io_deadline_s": LIMIT_S})
+    expected_warnings("|".join(KILLED_SERVERS_LOG))
+    with Readers(mount.mountpoint / base_name(image_id), data, 2).running() as readers:
+        for delay_s in (0.0, 0.1, 0.2, 0.35, 0.6):
+            readers.wait_for(READERS + 1)
+            first = server_pid(mount)
+            assert first is not None
+            kill(first)
+            eventually(lambda first=first: server_pid(mount) not in (None, first))
+            threading.Event().wait(delay_s)
+            signal_server(mount, signal.SIGKILL)
+        readers.wait_for(READERS + 1)
+    assert not readers.failures
+
+
 def test_a_server_killed_while_it_waits_for_glance_leaves_the_wait_to_the_next(
     front: MisbehavingFront, basefs_mount: MountFactory, expected_warnings: ExpectedWarnings
 ) -> None:
     data = random.Random(8).randbytes(3 * MIB)
     image_id = front.glance.add(data)
     mount = basefs_mount(front.conf_lines(), {"other_io_deadline_s": LIMIT_S})
-    expected_warnings("server .* died .*starting another")
+    expected_warnings("|".join(KILLED_SERVERS_LOG))
     release = threading.Event()
     with opened(mount.mountpoint / base_name(image_id)) as fd:
         front.on("/file").respond(answers.hang(release))

@@ -95,7 +95,7 @@ def pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-def wait_for(mount: BasefsMount, fetched_bytes: int, limit_s: float = 60.0) -> None:
+def wait_for(mount: BasefsMount, fetched_bytes: int, limit_s: float = 180.0) -> None:
     """Return when the server has fetched that much; TimeoutError otherwise."""
     deadline = time.monotonic() + limit_s
     while status(mount)["fetched_bytes"] < fetched_bytes:
