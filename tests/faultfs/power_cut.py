@@ -20,17 +20,16 @@ from pathlib import Path
 import trio
 
 from basefs import errors
-from basefs.cache.fetch_services import FetchCounters, FetchServices
+from basefs.cache.fetch_services import FetchCounters
 from basefs.cache.state_db import StateDatabase
 from basefs.catalog.records import ImageEntry
-from basefs.concurrency.priority_slots import PrioritySlots
-from basefs.concurrency.threads import BlockingCalls
 from basefs.core.chunk_map import PAGE, parse_header
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.service.inherited import _highest_number
 from tests.cache.memory_source import MemorySource
 from tests.cache.records import record
+from tests.cache.services import make_services
 from tests.faultfs import FaultFs
 from tests.faultfs.disk_image import Files, Recording
 from tests.faultfs.log import records
@@ -78,17 +77,8 @@ async def running(
     source, counters = MemorySource(images), FetchCounters()
     try:
         async with trio.open_nursery() as nursery:
-            services = FetchServices(
-                nursery=nursery,
-                source=source,
-                slots=PrioritySlots(4, reserved=2),
-                stream_slots=PrioritySlots(2, reserved=0),
-                disk=BlockingCalls("disk", threads_max=4),
-                request_bytes_max=1 << 20,
-                jitter=lambda: 0.5,
-                changed=database.touch,
-                counters=counters,
-            )
+            chunks.mkdir(parents=True, exist_ok=True)
+            services = make_services(nursery, source, chunks, counters=counters, changed=database.touch)
             handler = DownloadingTemplateImageHandler(chunks, CHUNK, services)
             known = {entry.image_id: entry for entry in await database.load()}
             if claims is not None:

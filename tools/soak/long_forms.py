@@ -14,7 +14,7 @@ from tools.soak.context import Soak
 GRACE_S = 240.0
 """Beyond its seconds: the example under way, and making a failing one small."""
 LONG_VARIABLE = "BASEFS_LONG_S"
-POWER_CUTS_A_SECOND = 4
+POWER_CUTS_A_SECOND = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
