@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from basefs.keeper_setup import lock_holder
 from tools.mount import BasefsMount
 from tools.rig import Rig
 
@@ -25,8 +26,7 @@ def shared_mount(directory: Path, rig: Rig, options: Mapping[str, object] | None
 
 
 def server_pid(mount: BasefsMount) -> int:
-    """The process that answers the kernel: the keeper's child."""
-    argv = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in mount.pids()}
-    (keeper,) = (pid for pid, arguments in argv.items() if b"basefs.keeper" in arguments)
-    (server,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    return int(server)
+    """The process that answers the kernel, not the standby beside it: as the lock file tells."""
+    holder = lock_holder(mount.cache_dir)
+    assert holder is not None
+    return int(holder["server_pid"])
