@@ -68,6 +68,16 @@ class ImageFetcher:
         self._deliveries.tell_size()
 
     @property
+    def has_file(self) -> bool:
+        """Whether there is a chunk file; without one nothing is stored."""
+        return self._ledger.file is not None
+
+    def adopt(self, file: ChunkFile, states: bytearray) -> None:
+        """Use the chunk file that could not be opened before. Its chunks are as large as those here."""
+        self._ledger.adopt(file, states, age=self._services.evictor.age_of(self.entry.local.last_used_ns))
+        self._deliveries.tell_size()
+
+    @property
     def cached_bytes(self) -> int:
         """Image bytes in the chunk file, exactly."""
         return self._ledger.cached_bytes

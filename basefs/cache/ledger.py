@@ -37,6 +37,14 @@ class ChunkLedger:
         self._markers: dict[int, int] = {}  # to the length of their window, in chunks
         self._held: dict[range, int] = {}
 
+    def adopt(self, file: ChunkFile, states: bytearray, *, age: int = 0) -> None:
+        """From now on there is a file, and what was in it before is STORED; what is on its way stays so."""
+        self.file = file
+        for index, state in enumerate(states):
+            if state == STORED and self.states[index] == MISSING:
+                self.states[index] = STORED
+                self._ages[index] = min(age, AGE_MAX)
+
     @property
     def cached_bytes(self) -> int:
         """Image bytes in the chunk file, exactly (the last chunk may be short)."""

@@ -2,20 +2,22 @@
 
 Invariants: at most one fetcher an image, and so one chunk file; a fetcher is closed only when nobody has the
 image open and nothing is under way. Images nobody has open stay prepared, the least recently used beyond
-IDLE_IMAGES_MAX are closed.
+IDLE_IMAGES_MAX are closed. An image whose chunk file cannot be opened is used without, and gets it later.
 """
 
 import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile, open_chunk_file, remove_files
+from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.cache.warmer import Warmer
@@ -59,6 +61,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._opening: SingleFlight[int, None] = SingleFlight(services.nursery)
         self._removals: SingleFlight[int, int] = SingleFlight(services.nursery)
         self._removing: dict[int, trio.Event] = {}
+        self._is_mending = False
         self.warmer = Warmer(services.nursery, self._fetcher_of)
 
     async def init(self) -> None:
@@ -120,20 +123,54 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     async def _open(self, entry: ImageEntry) -> None:
         """Runs as a flight: one at a time for an image."""
-        wanted = ChunkMapHeader(image_id=entry.image_id, size=entry.size, chunk_bytes=self._chunk_bytes)
-        inode = image_inode(entry.number)
         file: ChunkFile | None = None
-        disk, space = self._services.disk, self._services.space
         try:
-            opened, states = await disk.run(open_chunk_file, self._chunks_dir, inode, wanted)
-            await disk.run(space.settle, inode, 0, opened.allocated_bytes)
-            file = opened
+            file, states = await self._open_file(entry)
         except errors.CacheError as exc:
             log.warning("image %s: serving it round the cache: %s", entry.image_id, exc)
-            states = bytearray(wanted.chunks)
-        chunk_bytes = wanted.chunk_bytes if file is None else file.header.chunk_bytes
+            states = bytearray(self._wanted(entry).chunks)
+        chunk_bytes = self._chunk_bytes if file is None else file.header.chunk_bytes
         fetcher = ImageFetcher(entry, file, states, chunk_bytes, self._services)
         self._images[entry.number] = DownloadedImage(fetcher)
+        if file is None and not self._is_mending:
+            self._is_mending = True
+            self._services.nursery.start_soon(self._mend)
+
+    def _wanted(self, entry: ImageEntry) -> ChunkMapHeader:
+        return ChunkMapHeader(image_id=entry.image_id, size=entry.size, chunk_bytes=self._chunk_bytes)
+
+    async def _open_file(self, entry: ImageEntry) -> tuple[ChunkFile, bytearray]:
+        inode = image_inode(entry.number)
+        disk, space = self._services.disk, self._services.space
+        file, states = await disk.run(open_chunk_file, self._chunks_dir, inode, self._wanted(entry))
+        await disk.run(space.settle, inode, 0, file.allocated_bytes)
+        return file, states
+
+    async def _mend(self) -> None:
+        """Open the chunk files that could not be opened, in the images' use. Ends when every image has its own."""
+        while any(not image.fetcher.has_file for image in self._images.values()):
+            await trio.sleep(DISK_RETRY_S)
+            for number, image in list(self._images.items()):
+                is_here = self._images.get(number) is image and number not in self._removing
+                if is_here and not image.fetcher.has_file:
+                    with suppress(errors.BasefsError):  # a bug, which was logged; the next round tries again
+                        await self._opening.run(number, partial(self._reopen, image))
+        self._is_mending = False
+
+    async def _reopen(self, image: DownloadedImage) -> None:
+        """Runs as a flight, as `_open`; nothing changes where the disk still fails."""
+        fetcher = image.fetcher
+        try:
+            file, states = await self._open_file(fetcher.entry)
+        except errors.CacheError as exc:
+            log.debug("image %s: still round the cache: %s", fetcher.entry.image_id, exc)
+            return
+        # Chunks of another size wait until the image is opened anew.
+        if self._images.get(fetcher.entry.number) is image and file.header.chunk_bytes == fetcher.chunk_bytes:
+            fetcher.adopt(file, states)
+            log.info("image %s: it has its place in the cache again", fetcher.entry.image_id)
+        else:
+            file.close()
 
     def opened(self, entry: ImageEntry, image: PreparedImage) -> None:
         """See the base class. `image` is the last `fetch_image` gave for this entry, with no await since."""

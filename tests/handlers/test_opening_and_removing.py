@@ -9,13 +9,15 @@ import trio
 import trio.testing
 
 from basefs import errors
-from basefs.cache.chunk_file import data_path
+from basefs.cache.chunk_file import data_path, map_path
+from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.core.inodes import image_inode
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from tests.cache.conftest import CHUNK, IMAGE_ID, make_entry
 from tests.cache.memory_source import MemorySource
 from tests.cache.services import make_services
+from tests.conftest import ExpectedWarnings
 
 IMAGE = bytes(range(256)) * 400
 PATIENCE = Patience(deadline_s=30, is_guest=False)
@@ -95,3 +97,46 @@ async def test_removing_does_not_wait_for_transfers_that_hang(tmp_path: Path) ->
         assert entry.local.cached_bytes == 0
         again = await handler.fetch_image(entry)
         assert await again.read(0, len(image), PATIENCE) == image
+
+
+async def test_an_image_in_use_gets_its_chunk_file_once_that_can_be_opened(
+    tmp_path: Path, clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("serving it round the cache: .*Is a directory")
+    entry = make_entry(len(IMAGE))
+    source = MemorySource({IMAGE_ID: IMAGE})
+    async with a_handler(tmp_path, source) as handler:
+        await (await handler.fetch_image(entry)).read(0, 1, PATIENCE)
+    kept = entry.local.cached_bytes
+    assert kept
+    its_map, away = map_path(tmp_path, image_inode(entry.number)), tmp_path / "away"
+    its_map.rename(away)
+    its_map.mkdir()
+    async with a_handler(tmp_path, source) as handler:
+        image = await handler.fetch_image(entry)
+        handler.opened(entry, image)
+        assert await image.read(0, len(IMAGE), PATIENCE) == IMAGE
+        assert entry.local.cached_bytes == 0
+        await trio.sleep(2 * DISK_RETRY_S)
+        its_map.rmdir()
+        away.rename(its_map)
+        await trio.sleep(2 * DISK_RETRY_S)
+        assert entry.local.cached_bytes == kept, "what was in it counts again"
+        assert await image.read(0, len(IMAGE), PATIENCE) == IMAGE
+        assert entry.local.cached_bytes == len(IMAGE)
+        await handler.released(entry)
+
+
+async def test_an_image_that_is_removed_is_not_given_its_chunk_file(
+    tmp_path: Path, clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("serving it round the cache: .*Is a directory")
+    entry = make_entry(len(IMAGE))
+    its_map = map_path(tmp_path, image_inode(entry.number))
+    its_map.mkdir()
+    async with a_handler(tmp_path) as handler:
+        await handler.fetch_image(entry)
+        its_map.rmdir()
+        await handler.remove_image(entry)
+        await trio.sleep(3 * DISK_RETRY_S)
+        assert not its_map.exists()
