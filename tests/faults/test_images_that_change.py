@@ -67,16 +67,29 @@ def test_an_image_deactivated_before_anybody_used_it_is_not_shown(site: Site) ->
 def test_a_404_that_was_a_mistake_does_not_hide_an_image_for_long(
     site: Site, expected_warnings: ExpectedWarnings
 ) -> None:
-    """A proxy with the wrong routes for a minute: Glance's list of changes will never name the image again."""
+    """Glance's own, with its request id: its list of changes will never name the image again."""
     image = site.add()
     for _ in range(30):  # later changes of others, so that the next list does not overlap this image's
         site.front.glance.change(site.front.glance.add(b"x" * 4096), name="other")
     with opened(image.path) as fd:
-        site.front.on(image.file_path).respond(answers.status(404), times=1)
+        site.front.on(f"/{image.image_id}").respond(answers.not_found())
         expected_warnings(f"image {image.image_id}.*404")
         assert errno_of(lambda: pread(fd, HEADER_BYTES, PART)) == errno.EIO
+        site.front.behave()
         eventually(lambda: pread(fd, HEADER_BYTES, PART) == image.part(HEADER_BYTES, PART))
     eventually(lambda: read_at(image.path, 2 * MIB, PART) == image.part(2 * MIB, PART))
+
+
+@pytest.mark.parametrize("fault", [answers.status(404), answers.not_found()], ids=["of a proxy", "of Glance"])
+def test_a_404_for_an_image_that_glance_knows_reaches_no_reader_when_the_next_try_succeeds(
+    fault: answers.Fault, site: Site, expected_warnings: ExpectedWarnings
+) -> None:
+    image = site.add()
+    with opened(image.path) as fd:
+        site.front.on(image.file_path).respond(fault, times=1)
+        expected_warnings(f"image {image.image_id}.*answered 404")
+        assert pread(fd, HEADER_BYTES, PART) == image.part(HEADER_BYTES, PART)
+    assert read_at(image.path, 2 * MIB, PART) == image.part(2 * MIB, PART)
 
 
 # --- bytes that are not their disk_format ------------------------------------------------------------
