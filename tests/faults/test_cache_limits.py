@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from basefs.cache.overlays import FRESH_S
 from tests.conftest import MountFactory
 from tests.fakes.front import MisbehavingFront
 from tests.faults.conftest import MIB
@@ -165,6 +166,7 @@ def test_images_in_use_outlast_those_that_are_not(
     backing = f"backing_file={mount.path(base)},backing_fmt=raw"
     subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-o", backing, str(overlay), "8M"], check=True)
     assert "pinned" in mount.cli("image", "pin", pinned).stdout
+    threading.Event().wait(FRESH_S)  # what the evictor knows of overlays is so old at most
     for image_id, data in others:
         for offset in range(0, len(data), MIB):  # opened and closed: nobody has them open for long
             assert read_at(mount.path(image_id), offset, MIB) == data[offset : offset + MIB]
