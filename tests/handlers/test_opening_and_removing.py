@@ -123,6 +123,7 @@ async def test_an_image_in_use_gets_its_chunk_file_once_that_can_be_opened(
         await trio.sleep(2 * DISK_RETRY_S)
         assert entry.local.cached_bytes == kept, "what was in it counts again"
         assert await image.read(0, len(IMAGE), PATIENCE) == IMAGE
+        await trio.sleep(1)  # the reader is served before the transfer tells what it brought
         assert entry.local.cached_bytes == len(IMAGE)
         await handler.released(entry)
 
