@@ -102,7 +102,7 @@ class Crew:
         """
         self.next_active_s = None
         self._reason = reason
-        if self.standby is not None:
+        if self.standby is not None and self.standby.stage != "ending":
             if self._standby_ends_s is not None:
                 why = self.restarts.last_death
                 log.error("upgrade: the new server failed (%s); the old version takes over", why)

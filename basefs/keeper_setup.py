@@ -92,7 +92,8 @@ class CacheLock:
 
     def _close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            with contextlib.suppress(OSError):  # the disk under it may be gone
+                os.close(self.fd)
             self.fd = -1
 
 

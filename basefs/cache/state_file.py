@@ -20,7 +20,7 @@ _SQLITE_WAIT_S = 0.5
 
 
 class StateFile:
-    """The file at `path`; `-wal` and `-shm` stand beside it."""
+    """The file at `path`, for us alone; `-wal` stands beside it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,6 +77,9 @@ class StateFile:
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=_SQLITE_WAIT_S)
         try:
+            # Before WAL, whose index is then in our memory and not in a mapped file: a mapped page that the disk cannot
+            # give is a SIGBUS that ends the server (seen with EIO under a running one).
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("PRAGMA journal_mode = WAL")
             # In WAL mode a power cut may take the last transactions, never the file; `numbers_from` covers those.
             db.execute("PRAGMA synchronous = NORMAL")

@@ -37,6 +37,8 @@ def main() -> int:
     try:
         trio.run(serve, arguments, loaded, channel)
     except errors.BasefsError as exc:
-        log.error("%s", exc)  # noqa: TRY400  (foreseen: no traceback)
+        # One that waits in another's place ends with its keeper, and nobody has lost anything.
+        level = logging.INFO if arguments.is_standby and not channel.begun else logging.ERROR
+        log.log(level, "%s", exc)
         return 1
     return 0

@@ -7,8 +7,10 @@ import contextlib
 import errno
 import mmap
 import os
+import shutil
 import signal
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -125,9 +127,15 @@ class FaultsModel(RuleBasedStateMachine):
         eventually(self.are_verdicts_saved)
 
     def are_verdicts_saved(self) -> bool:
-        uri = f"file:{self.mount.cache_dir}/state.sqlite?mode=ro"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
-            rows = database.execute("SELECT image_id FROM image WHERE verdict = 'servable'").fetchall()
+        # The server has its database for itself; a copy that was taken while it wrote is looked at another time.
+        with tempfile.TemporaryDirectory() as directory:
+            for name in ("state.sqlite", "state.sqlite-wal"):
+                shutil.copy(self.mount.cache_dir / name, directory)
+            try:
+                with contextlib.closing(sqlite3.connect(f"{directory}/state.sqlite")) as database:
+                    rows = database.execute("SELECT image_id FROM image WHERE verdict = 'servable'").fetchall()
+            except sqlite3.DatabaseError:
+                return False
         return {image.id for image in self.images} <= {image_id for (image_id,) in rows}
 
     @property

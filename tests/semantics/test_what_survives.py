@@ -14,6 +14,7 @@ from random import Random
 
 import pytest
 
+from basefs.keeper_restarts import KILLED_QUICK_S
 from tests.conftest import ExpectedWarnings
 from tests.fakes.front import MisbehavingFront
 from tests.faultfs import FaultFs
@@ -43,7 +44,8 @@ def mount(
 
 
 def kill_server(mount: BasefsMount) -> None:
-    """kill -9; on return another one serves."""
+    """kill -9; on return another one serves. Not so soon that the keeper suspects what it had handed out again."""
+    threading.Event().wait(2 * KILLED_QUICK_S)
     pid = status(mount)["server_pid"]
     pidfd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
@@ -200,7 +202,7 @@ def test_a_cache_disk_that_fails(
             mtime_ns += 1
             os.utime(path, ns=(mtime_ns, mtime_ns))
         disk.lift(rule)
-        eventually(lambda: mount.log_text.count(HEALED) == 1)
+        eventually(lambda: mount.log_text.count(HEALED) == 1, 60)
         # What waits for a disk that hangs cannot be killed either, so only the next server meets it.
         rule = disk.hang(ops=["open", "read"], names="state.sqlite*")
         kill_server(mount)
@@ -208,7 +210,7 @@ def test_a_cache_disk_that_fails(
         assert (found.st_ino, found.st_mtime_ns) == (number, mtime_ns)
         os.utime(path, ns=(OLD_NS, OLD_NS))
         disk.lift(rule)
-        eventually(lambda: mount.log_text.count(HEALED) == 2)
+        eventually(lambda: mount.log_text.count(HEALED) == 2, 60)
         kill_server(mount)
         assert path.stat().st_mtime_ns == OLD_NS
         mount.stop()
