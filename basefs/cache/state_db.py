@@ -86,7 +86,7 @@ class StateDatabase:
         A damaged one, or one of another version, is set aside as `<name>.damaged-<n>` with one WARNING.
 
         Args:
-            path: The file; `-wal` and `-shm` stand beside it.
+            path: The file; `-wal` stands beside it.
             numbers_from: Every number up to this one is taken: the highest that the cache directory knows of.
             held: What a server before this one left in escrow, used where it is newer than the file, or the file
                 cannot be read within OPEN_WAIT_S. Its fd is ours.
@@ -108,6 +108,7 @@ class StateDatabase:
             if kept is None:
                 raise errors.CacheError(f"{path}: {exc}") from exc
             problem = f"cannot be read: {exc}" if str(exc) else f"was not read within {OPEN_WAIT_S:g} s"
+            file.abandon()
             file, (copy, entries) = StateFile(path), kept
         next_number = state_rows.read_value(copy, NEXT_NUMBER, 1)
         numbers = (numbers_from + 1, next_number, *(entry.number + 1 for entry in entries))

@@ -25,6 +25,11 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._db: sqlite3.Connection | None = None
+        self._is_abandoned = False
+
+    def abandon(self) -> None:
+        """Nobody waits for `read` any more: it lets go of the file at its end, for another StateFile to have it."""
+        self._is_abandoned = True
 
     def read(self) -> tuple[sqlite3.Connection, list[ImageEntry]]:
         """A copy in memory of what the file holds, and its images. The file is made if it is not there.
@@ -35,10 +40,14 @@ class StateFile:
             DamagedError, sqlite3.Error, OSError: it cannot be read or written.
         """
         try:
-            return self._read()
-        except DamagedError as exc:
-            self._set_aside(exc)
-            return self._read()
+            try:
+                return self._read()
+            except DamagedError as exc:
+                self._set_aside(exc)
+                return self._read()
+        finally:
+            if self._is_abandoned:
+                self.close()
 
     def apply(self, statements: Statements) -> None:
         """One transaction. sqlite3.Error: it was not written."""
