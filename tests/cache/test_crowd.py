@@ -8,6 +8,7 @@ import logging
 import statistics
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,13 @@ import trio.testing
 
 from basefs import errors
 from basefs.cache.chunk_file import open_chunk_file
-from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.concurrency.priority_slots import PrioritySlots
-from basefs.concurrency.threads import BlockingCalls
 from basefs.core.chunk_map import ChunkMapHeader
 from basefs.sources.base import Deliver, Digest, ProbeResult
 from basefs.sources.endpoints import Endpoint, Endpoints
 from tests.cache.conftest import CHUNK, make_entry
+from tests.cache.services import make_services
 from tests.conftest import ExpectedWarnings
 
 MIB = 1 << 20
@@ -87,16 +87,10 @@ async def images_over(
     source = endpoints.source = LoopSource(endpoints, bytes_per_s=bytes_per_s)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(endpoints.watch)
-        services = FetchServices(
-            nursery=nursery,
-            source=source,
+        services = replace(
+            make_services(nursery, source, directory),
             slots=PrioritySlots(8, reserved=2),
-            stream_slots=PrioritySlots(2, reserved=0),
-            disk=BlockingCalls("disk", threads_max=4),
             request_bytes_max=4 * MIB,
-            jitter=lambda: 0.5,
-            changed=lambda _entry: None,
-            counters=FetchCounters(),
             outage=endpoints.outage,
         )
         fetchers = []
