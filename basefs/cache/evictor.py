@@ -225,7 +225,7 @@ class Evictor:
     async def _free(self, contents: CacheContents, ask: _Ask) -> None:
         """Evict until there is room for `ask`, or nothing more may go.
 
-        What is in use goes only if that makes the room: else guests would lose their chunks for nothing.
+        What is in use goes only if that makes the room, and only for what was asked: not for the batch beyond it.
         """
         await contents.learn_uses()
         victims = victims_of(contents, self.age_of, rank_max=ask.rank_max, spare=ask.spare)
@@ -234,7 +234,8 @@ class Evictor:
         before = self._space.report().allocated_bytes
         for victim in victims:
             ask.freed_bytes = before - self._space.report().allocated_bytes
-            missing = ask.length - ask.freed_bytes if ask.is_relief else target - self._space.headroom()
+            wanted = target if victim.rank < IN_USE else ask.length
+            missing = ask.length - ask.freed_bytes if ask.is_relief else wanted - self._space.headroom()
             if missing <= 0 or (victim.rank >= IN_USE and not helps):
                 return
             rank = rank_of(victim.entry, is_in_use=bool(contents.why_in_use(victim.entry)))

@@ -162,6 +162,20 @@ async def test_images_in_use_go_last(tmp_path: Path) -> None:
         await node.handler.released(used)
 
 
+async def test_images_in_use_lose_nothing_for_room_that_is_made_ahead(tmp_path: Path) -> None:
+    async with a_node(tmp_path) as node:
+        base = node.add("base", data_of(1, 10 * MIB))
+        node.bases.add("base")
+        await node.read_whole(base)
+        unused = node.add("unused", data_of(2, 2 * MIB))
+        await node.read_whole(unused)
+        # What is not in use makes the room that is asked for, but not the batch beyond it.
+        async with node.services.evictor.room(5 * MIB) as room:
+            assert room.left_bytes
+        assert node.cached(unused) == 0
+        assert node.cached(base) == base.size
+
+
 async def test_an_image_larger_than_the_cache_is_read_whole_and_no_byte_twice(tmp_path: Path) -> None:
     async with a_node(tmp_path) as node:
         large = node.add("large", data_of(1, 40 * MIB + 5))
