@@ -58,6 +58,7 @@ class BasefsMount:
                 "control_socket": self.directory / "control.sock",
                 "nova_user": "nobody",  # a user that every machine has
                 "metrics_listen": "",  # a port that every mount of a test would want
+                "hydrate_concurrency_max": 0,  # what is fetched is what was read
             },
         }
         for key, value in options.items():

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 VerdictState = Literal["unchecked", "servable", "refused"]
+WholeState = Literal["unknown", "verified", "no_hash", "refetching", "quarantined"]
+"""What is known of an image as a whole: `unknown` (not complete, or not hashed yet), `verified` (it has the hash that
+Glance tells), `no_hash` (complete; Glance tells none), `refetching` (the hash was wrong once; it is fetched again),
+`quarantined` (wrong again: left for the operator)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,8 @@ class LocalState:
     its own mtime. `fetched_bytes` counts what was ever fetched for it here, header included;
     `cached_bytes` is what is in the chunk file (while that is closed: as of its last closing).
     `last_used_ns` is when it was last opened, closed or seen to be read: what the evictor goes by.
+    `shown_size` is what the content check found the raw view to be long; None where the stored bytes are shown.
+    `is_wanted`: nova asked for all of it (its pre-cache call). `is_graduated`: we made it a lower file of its own name.
     """
 
     used_at_ns: int | None = None
@@ -65,6 +71,10 @@ class LocalState:
     source_reason: str | None = None
     last_used_ns: int | None = None
     pinned: bool = False
+    shown_size: int | None = None
+    is_wanted: bool = False
+    whole: WholeState = "unknown"
+    is_graduated: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -90,3 +100,8 @@ class ImageEntry:
     def size(self) -> int:
         """Stored bytes; 0 while Glance does not know."""
         return self.record.size or 0
+
+    @property
+    def shown_size(self) -> int:
+        """Bytes that `stat` shows: those of the raw view, else the stored ones."""
+        return self.size if self.local.shown_size is None else self.local.shown_size

@@ -187,6 +187,45 @@ _INTEGRITY = [
     ),
 ]
 
+_COMPLETING = [
+    cfg.IntOpt(
+        "hydrate_concurrency_max",
+        default=2,
+        min=0,
+        max=32,
+        help="Requests in flight by which images in use are completed in the background; 0: they are not completed. "
+        "Nothing is begun while a read waits.",
+    ),
+    cfg.IntOpt(
+        "hydrate_max_bytes_s",
+        default=64 * MIB,
+        min=0,
+        max=16 * 1024 * MIB,
+        help="Bytes a second at which images in use are completed, all together; 0: no limit. 64 MiB/s leaves half of "
+        "a 1 Gbit/s link to the reads that guests wait for.",
+    ),
+    cfg.FloatOpt(
+        "hydrate_delay_s",
+        default=60.0,
+        min=0.0,
+        max=86400.0,
+        help="Seconds after an image's first use before its completion begins: a boot comes first, and most images "
+        "that are opened once by a tool are closed again by then.",
+    ),
+    cfg.BoolOpt(
+        "require_verified",
+        default=False,
+        help="Show an image only once all of it is here and has the hash that Glance tells (`basefs image warm` brings "
+        "it). Until then nova downloads it itself.",
+    ),
+    cfg.BoolOpt(
+        "graduate",
+        default=True,
+        help="Make an image in use a plain raw file of the lower directory once all of it is here and verified: what "
+        "nova's own download would have left. Its cache space is freed, and nova ages the file as its own.",
+    ),
+]
+
 _OPERATIONS = [
     cfg.StrOpt(
         "metrics_listen",
@@ -215,7 +254,9 @@ _REPLACING = [
     ),
 ]
 
-BASEFS_OPTS: list[cfg.Opt] = [*_PATHS, *_SHOWN, *_CACHE, *_FETCHING, *_TIMES, *_INTEGRITY, *_OPERATIONS, *_REPLACING]
+BASEFS_OPTS: list[cfg.Opt] = [
+    *_PATHS, *_SHOWN, *_CACHE, *_FETCHING, *_TIMES, *_INTEGRITY, *_COMPLETING, *_OPERATIONS, *_REPLACING,
+]  # fmt: skip
 
 
 def glance_common_opts() -> list[cfg.Opt]:

@@ -37,6 +37,11 @@ class Settings:
     other_io_deadline_s: float
     scrub_bytes_s: int
     scrub_interval_s: float
+    hydrate_concurrency_max: int
+    hydrate_max_bytes_s: int
+    hydrate_delay_s: float
+    require_verified: bool
+    graduate: bool
     metrics_listen: str
     watchdog_s: float
     upgrade_deadline_s: float
