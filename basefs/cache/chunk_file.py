@@ -37,6 +37,13 @@ _hit_buffer = memoryview(mmap.mmap(-1, HIT_BYTES_MAX))
 _hit_targets: dict[int, list[memoryview]] = {
     size: [_hit_buffer[:size]] for size in range(PAGE, HIT_BYTES_MAX + PAGE, PAGE)
 }
+
+
+def hit_target(size: int) -> list[memoryview]:
+    """The buffer of all hits as preadv(2) takes it, for `size` <= HIT_BYTES_MAX bytes: valid until the next await."""
+    return _hit_targets.get(size) or [_hit_buffer[:size]]
+
+
 # Names of this module: two look-ups fewer a read.
 _preadv = os.preadv
 _NOWAIT = os.RWF_NOWAIT
@@ -283,7 +290,8 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
     try:
         map_fd = os.open(map_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         header = _usable_header(map_fd, wanted)
-        if header is None:
+        # A map without data: the data became the image's file in the lower directory (`handlers/graduation.py`).
+        if header is None or not data_path(directory, inode).exists():
             header = wanted
             data_path(directory, inode).unlink(missing_ok=True)
             _format_map(map_fd, header)

@@ -87,6 +87,48 @@ class ImageFetcher:
         """Whether every byte is in the chunk file."""
         return self._ledger.cached_bytes == self.size
 
+    def check_whole(self) -> None:
+        """Return if every byte is in the chunk file, or was when that was closed.
+
+        Raises:
+            CacheError: some are missing.
+        """
+        if not self.is_complete:
+            missing = self.size - self.cached_bytes
+            raise errors.CacheError(f"image {self.entry.image_id}: {missing} of {self.size} bytes are missing")
+
+    @contextmanager
+    def kept_whole(self) -> Iterator[None]:
+        """No chunk is evicted while the body runs, which may close the image.
+
+        Raises:
+            CacheError: some bytes are missing.
+        """
+        self.check_whole()
+        span = range(len(self._ledger.states))
+        self._ledger.hold(span)
+        try:
+            yield
+        finally:
+            self._ledger.release(span)
+
+    @contextmanager
+    def whole_file(self) -> Iterator[ChunkFile]:
+        """The chunk file, kept open and whole while the body runs.
+
+        Raises:
+            CacheError: some bytes are missing, or one was found damaged while the body ran.
+        """
+        with self._reader(range(len(self._ledger.states))):
+            file = self._ledger.file
+            if file is None:
+                raise errors.CacheError(f"image {self.entry.image_id}: it has no chunk file")
+            self.check_whole()
+            damaged = self._services.counters.damaged_chunks
+            yield file
+            if self._services.counters.damaged_chunks != damaged:  # perhaps another image's; it is tried again then
+                raise errors.CacheError(f"image {self.entry.image_id}: a cached chunk was damaged meanwhile")
+
     @property
     def is_streamed(self) -> bool:
         """Whether the image comes as one sequential stream."""

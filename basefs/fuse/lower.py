@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pyfuse3
 
 from basefs import errors
+from basefs.cache.renames import rename_with_flags
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.escrow import Escrow, HeldFd
 from basefs.fuse import lower_disk as disk
@@ -21,7 +22,7 @@ from basefs.fuse.lower_attributes import attribute_change, creator, statvfs_data
 from basefs.fuse.lower_calls import LowerCalls
 from basefs.fuse.lower_files import LowerFiles, ReadBytes
 from basefs.fuse.lower_holding import LowerInodes
-from basefs.fuse.lower_syscalls import rename_with_flags, stays_in_memory
+from basefs.fuse.lower_syscalls import stays_in_memory
 
 # A READDIR takes about 160 entries at most; the fds of one batch are opened in one call in a thread.
 _BATCH_NAMES = 64

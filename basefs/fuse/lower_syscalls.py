@@ -30,7 +30,6 @@ _LOCAL_FILE_SYSTEMS = frozenset(
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-_libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 _libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
@@ -39,11 +38,6 @@ _libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctyp
 def proc_path(fd: int) -> str:
     """The name under which calls that want a path take the inode behind `fd`, an O_PATH fd included."""
     return f"/proc/self/fd/{fd}"
-
-
-def rename_with_flags(old_fd: int, old_name: bytes, new_fd: int, new_name: bytes, flags: int) -> None:
-    """renameat2(2). OSError as the file system says it: EINVAL where it knows no flags."""
-    _check(_libc.renameat2(old_fd, old_name, new_fd, new_name, flags))
 
 
 def set_times(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:

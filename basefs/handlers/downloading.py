@@ -6,9 +6,10 @@ IDLE_IMAGES_MAX are closed. An image whose chunk file cannot be opened is used w
 """
 
 import logging
+import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.chunk_map import ChunkMapHeader
 from basefs.core.inodes import image_inode, image_number_of
 from basefs.handlers.base import Patience, PreparedImage, TemplateImageHandler
+from basefs.handlers.graduated import GraduatedImage, GraduatedImages
 from basefs.views.stored import StoredView
 
 log = logging.getLogger(__name__)
@@ -52,8 +54,12 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     name = "downloading"
 
-    def __init__(self, chunks_dir: Path, chunk_bytes: int, services: FetchServices) -> None:
+    def __init__(
+        self, chunks_dir: Path, chunk_bytes: int, services: FetchServices, *, graduated: GraduatedImages | None = None
+    ) -> None:
+        """`graduated`: the images that are served from their own file; None where there are none."""
         self._chunks_dir = chunks_dir
+        self._graduated = graduated
         self._chunk_bytes = chunk_bytes
         self._services = services
         self._images: dict[int, DownloadedImage] = {}  # in order of last use
@@ -81,8 +87,24 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         if removed:
             log.info("removed the chunk files of %d unknown images", removed)
 
-    async def fetch_image(self, entry: ImageEntry) -> DownloadedImage:
-        """See the base class. A cache disk that fails is no error: the bytes then go round it."""
+    async def fetch_image(self, entry: ImageEntry) -> PreparedImage:
+        """See the base class. An image that became a file of the lower directory is read from there."""
+        while True:
+            if self._graduated is not None and (graduated := await self._graduated.find(entry)) is not None:
+                return graduated
+            if entry.number not in self._removing:
+                image = self._images.get(entry.number)
+                if image is not None:
+                    return image
+                await self._opening.run(entry.number, lambda: self._open(entry))
+            else:
+                await self._removing[entry.number].wait()
+
+    async def downloaded_image(self, entry: ImageEntry) -> DownloadedImage:
+        """The image over its chunk file, whatever it is served from.
+
+        A cache disk that fails is no error: the bytes then go round it.
+        """
         while True:
             while (removed := self._removing.get(entry.number)) is not None:
                 await removed.wait()
@@ -96,7 +118,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
     async def checked_image(self, entry: ImageEntry) -> AsyncIterator[ImageFetcher]:
         """The image's fetcher for a check of what is here; an image that nobody uses is closed again."""
         was_prepared = entry.number in self._images
-        image = await self.fetch_image(entry)
+        image = await self.downloaded_image(entry)
         try:
             yield image.fetcher
         finally:
@@ -119,7 +141,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         return [image.fetcher for image in self._images.values()]
 
     async def _fetcher_of(self, entry: ImageEntry) -> ImageFetcher:
-        return (await self.fetch_image(entry)).fetcher
+        return (await self.downloaded_image(entry)).fetcher
 
     async def _open(self, entry: ImageEntry) -> None:
         """Runs as a flight: one at a time for an image."""
@@ -174,10 +196,11 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     def opened(self, entry: ImageEntry, image: PreparedImage) -> None:
         """See the base class. `image` is the last `fetch_image` gave for this entry, with no await since."""
-        ours = self._images.pop(entry.number)
-        assert ours is image, "an image was opened that is not the prepared one"
+        if not isinstance(image, GraduatedImage):
+            ours = self._images.pop(entry.number)
+            assert ours is image, "an image was opened that is not the prepared one"
+            self._images[entry.number] = ours
         self._note_use(entry)
-        self._images[entry.number] = ours
         self._opens[entry.number] += 1
 
     async def released(self, entry: ImageEntry) -> None:
@@ -204,6 +227,8 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         idle = [n for n, image in self._images.items() if n not in self._opens and not image.fetcher.is_busy]
         for number in idle[: max(0, len(idle) - IDLE_IMAGES_MAX)]:
             await self._images.pop(number).fetcher.close()
+        if self._graduated is not None:
+            await self._graduated.close_but(self._opens)
 
     async def remove_image(self, entry: ImageEntry) -> int:
         """See the base class. A warming is stopped; who wants the image meanwhile waits and begins anew.
@@ -217,30 +242,83 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         if self.open_handles(entry):
             return 0
         self.warmer.cancel(entry)
-        removed = self._removing[entry.number] = trio.Event()
-        try:
-            # An opening under way ends first: it would be left with files that have no name.
-            await self._opening.run(entry.number, trio.lowlevel.checkpoint)
+        async with self._alone(entry):
+            if self.open_handles(entry):
+                return 0
             image = self._images.pop(entry.number, None)
             dropped = entry.local.cached_bytes if image is None else image.fetcher.cached_bytes
             if image is not None:
                 await image.fetcher.close()
-            inode = image_inode(entry.number)
-            await self._services.disk.run(remove_files, self._chunks_dir, inode)
-            await self._services.disk.run(self._services.space.forget, inode)
-            self._services.unstored.forget(entry.number)
-        except OSError as exc:
-            raise errors.CacheError(f"image {entry.image_id}: {exc}") from exc
+            await self._drop_files(entry)
+        return dropped
+
+    @asynccontextmanager
+    async def _alone(self, entry: ImageEntry) -> AsyncIterator[None]:
+        """Nobody opens or removes the image's chunk file while the body runs; who wants it waits and begins anew."""
+        while (other := self._removing.get(entry.number)) is not None:
+            await other.wait()
+        done = self._removing[entry.number] = trio.Event()
+        try:
+            # An opening under way ends first: it would be left with files that have no name.
+            await self._opening.run(entry.number, trio.lowlevel.checkpoint)
+            yield
         finally:
             del self._removing[entry.number]
-            removed.set()
+            done.set()
+
+    async def _drop_files(self, entry: ImageEntry) -> None:
+        """Remove the chunk file, which nobody has open."""
+        inode = image_inode(entry.number)
+        try:
+            await self._services.disk.run(remove_files, self._chunks_dir, inode)
+        except OSError as exc:
+            raise errors.CacheError(f"image {entry.image_id}: {exc}") from exc
+        await self._services.disk.run(self._services.space.forget, inode)
+        self._services.unstored.forget(entry.number)
         entry.local.cached_bytes = 0
         self._services.changed(entry)
-        return dropped
+
+    async def drop_left_over(self, entry: ImageEntry) -> None:
+        """Remove the chunk file of an image that is a lower file, unless somebody reads it from there."""
+        async with self._alone(entry):
+            is_served = self._graduated is not None and self._graduated.get(entry.number) is not None
+            if entry.number not in self._images and (is_served or not self.open_handles(entry)):
+                await self._drop_files(entry)
+
+    async def hand_over(self, entry: ImageEntry, fd: int, publish: Callable[[], Awaitable[None]]) -> None:
+        """Serve the image from a duplicate of `fd`, where all its bytes are, then `publish`, then drop the chunk file.
+
+        When `publish` runs nobody can write to the chunk file any more, and who has the image open reads from `fd`.
+
+        Raises:
+            CacheError: a chunk was lost since all were here.
+            BasefsError: what `publish` raised; the image is served from its chunk file as before.
+        """
+        assert self._graduated is not None, "there is nothing to hand over to"
+        async with self._alone(entry):
+            image = self._images.get(entry.number)
+            if image is None:
+                raise errors.CacheError(f"image {entry.image_id}: it was removed meanwhile")
+            with image.fetcher.kept_whole():
+                await self._graduated.serve(entry, os.dup(fd))
+                del self._images[entry.number]
+                await image.fetcher.close()
+            try:
+                image.fetcher.check_whole()
+                await publish()
+            except BaseException:
+                await self._graduated.close(entry.number)
+                raise
+            try:
+                await self._drop_files(entry)
+            except errors.CacheError as exc:
+                log.warning("image %s: its local bytes were not removed: %s", entry.image_id, exc)
+        if not self.open_handles(entry):
+            await self._graduated.close(entry.number)
 
     async def keep_header(self, entry: ImageEntry, header: bytes) -> None:
         """See the base class."""
-        image = await self.fetch_image(entry)
+        image = await self.downloaded_image(entry)
         await image.fetcher.store_header(header)
 
     def warm(self, entry: ImageEntry) -> None:
@@ -256,6 +334,8 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         while self._images:
             _, image = self._images.popitem()
             await image.fetcher.close()
+        if self._graduated is not None:
+            await self._graduated.clear()
 
 
 def _make_directory(directory: Path) -> None:

@@ -47,7 +47,7 @@ class HandlerContents:
 
     async def prepare(self, entry: ImageEntry) -> EvictableImage:
         """See `CacheContents`."""
-        return (await self._handler.fetch_image(entry)).fetcher.eviction
+        return (await self._handler.downloaded_image(entry)).fetcher.eviction
 
     async def drop(self, entry: ImageEntry) -> int:
         """See `CacheContents`."""
