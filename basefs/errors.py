@@ -44,6 +44,10 @@ class ImageRefusedError(BasefsError):
     """The image is there but must not be shown (design section 4); the message is the reason."""
 
 
+class ImageDamagedError(BasefsError):
+    """The image's own tables contradict themselves or its size; the message names the image and the byte."""
+
+
 # --- sources ---------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,18 @@ class ChunkFile:
             pass
         return None
 
+    def hit_into(self, offset: int, target: memoryview) -> bool:
+        """As `hit` for `[offset, offset + len(target))`, all of it in the image, into `target`; whether it is there."""
+        try:
+            size = len(target)
+            first = offset >> self._shift
+            last = (offset + size - 1) >> self._shift
+            if size > HIT_BYTES_MAX or self._ready[first : last + 1] != _ALL_READY[: last + 1 - first]:
+                return False
+            return _preadv(self.data_fd, [target], offset, _NOWAIT) == size
+        except (OSError, ValueError):
+            return False
+
     def is_ready(self, index: int) -> bool:
         """Whether chunk `index` may be served."""
         return self._ready[index] != NOT_READY

@@ -62,9 +62,9 @@ class ImageFetcher:
         self._readers = 0
         self._no_readers = trio.Event()
         # With nothing to check the chunk file's own: a hit costs one call.
-        self.hit: Callable[[int, int], memoryview | bytes | None] = (
-            self._verifier.hit if file is None or STORED in states else file.hit
-        )
+        hits = self._verifier if file is None or STORED in states else file
+        self.hit: Callable[[int, int], memoryview | bytes | None] = hits.hit
+        self.hit_into: Callable[[int, memoryview], bool] = hits.hit_into
         self._deliveries.tell_size()
 
     @property

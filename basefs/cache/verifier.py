@@ -48,6 +48,17 @@ class ChunkVerifier:
         start = offset - span.start * self._ledger.chunk_bytes
         return found[start : start + length]
 
+    def hit_into(self, offset: int, target: memoryview) -> bool:
+        """See `ChunkFile.hit_into`; as `hit`."""
+        file = self._ledger.file
+        if file is not None and file.hit_into(offset, target):
+            return True
+        data = self.hit(offset, len(target))
+        if data is None:
+            return False
+        target[:] = data
+        return True
+
     async def verify(self, span: range) -> dict[int, memoryview]:
         """The bytes of the chunks in `span` that are here and right; all that are wrong are absent then.
 

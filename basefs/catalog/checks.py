@@ -13,11 +13,13 @@ from oslo_utils.imageutils import format_inspector
 
 from basefs.catalog import qemu_probe
 from basefs.catalog.records import ImageRecord, Verdict
+from basefs.core.qcow2_header import qcow2_layout_of
 
 View = Literal["raw", "stored"]
 
 HEADER_BYTES_MAX = 256 * 1024
 """What the content check wants of an image (of a smaller one: all). nova's inspectors decide within it."""
+QCOW2 = "qcow2"
 _STEP_BYTES = 4096
 _AMI_FORMATS = ("ami", "aki", "ari")
 _SHOWN_AS_STORED = ("raw", "iso", *_AMI_FORMATS)
@@ -41,10 +43,10 @@ _INSPECTOR_ERRORS = (
 logging.getLogger(format_inspector.__name__).setLevel(logging.CRITICAL)
 
 
-def metadata_verdict(record: ImageRecord, *, view: View, verify_signatures: bool) -> Verdict:
+def metadata_verdict(record: ImageRecord, *, verify_signatures: bool) -> Verdict:
     """What Glance's metadata alone say: refused, or unchecked because the content decides.
 
-    `view` and `verify_signatures` are the options of those names.
+    `verify_signatures` is the option of that name.
     """
     if record.status != "active":
         return _refused(f"its status is {record.status}, not active")
@@ -54,10 +56,7 @@ def metadata_verdict(record: ImageRecord, *, view: View, verify_signatures: bool
         return _refused(f"container_format {record.container_format} must be unpacked first; nova downloads it")
     if record.is_signed and verify_signatures:
         return _refused("it is signed and signatures are to be verified; nova downloads and verifies it")
-    if record.disk_format == "qcow2":
-        if view != "stored":
-            return _refused("there is no raw view of qcow2 yet; nova downloads and converts it")
-    elif record.disk_format not in _SHOWN_AS_STORED:
+    if record.disk_format not in (QCOW2, *_SHOWN_AS_STORED):
         return _refused(f"disk_format {record.disk_format} has no raw view; nova downloads and converts it")
     return Verdict(state="unchecked")
 
@@ -65,7 +64,8 @@ def metadata_verdict(record: ImageRecord, *, view: View, verify_signatures: bool
 def content_verdict(record: ImageRecord, header: bytes, *, view: View) -> Verdict:
     """Servable, or refused with the reason, from the image's first `min(size, HEADER_BYTES_MAX)` bytes.
 
-    Never raises, whatever the bytes are; takes milliseconds and a few times the header's memory.
+    Never raises, whatever the bytes are; takes milliseconds and a few times the header's memory. With the raw view of a
+    qcow2 image the verdict has its `shown_size`, and what is shown is still to be checked: `disk_verdict`.
     """
     size = record.size or 0
     if len(header) < min(size, HEADER_BYTES_MAX):
@@ -77,7 +77,40 @@ def content_verdict(record: ImageRecord, header: bytes, *, view: View) -> Verdic
         return _refused(f"its content fails the safety check: {_failures(exc)}")
     except _INSPECTOR_ERRORS as exc:
         return _refused(f"its content cannot be told to be {record.disk_format}: {exc}")
-    return _agreement(record.disk_format or "", str(inspector), header, view=view)
+    if record.disk_format == QCOW2:
+        return _qcow2_verdict(str(inspector), header, size, view=view)
+    return _agreement(record.disk_format or "", str(inspector), header)
+
+
+def disk_verdict(servable: Verdict, first: bytes) -> Verdict:
+    """`servable`, or refused, from the first bytes that the raw view shows: `min(shown_size, HEADER_BYTES_MAX)`.
+
+    nova converts such an image and then wants `qemu-img info` to say raw (images.py fetch_to_raw); what is inside could
+    be a qcow2 with a backing file of the host. Never raises.
+    """
+    try:
+        inspector = _detected(first, is_all=len(first) == servable.shown_size)
+        inspector.safety_check()
+    except format_inspector.SafetyCheckFailed as exc:
+        return _refused(f"the disk in it fails the safety check: {_failures(exc)}")
+    except _INSPECTOR_ERRORS as exc:
+        return _refused(f"the disk in it cannot be told to be raw: {exc}")
+    seen = str(inspector)
+    if seen in _SEEN_AS_RAW_BY_QEMU:
+        seen = qemu_probe.format_seen_by_qemu(first) or "raw"
+    return servable if seen in _SEEN_AS_RAW_BY_QEMU else _refused(f"the disk in it is {seen}, not raw")
+
+
+def _qcow2_verdict(detected: str, header: bytes, size: int, *, view: View) -> Verdict:
+    """Whether the bytes are qcow2, and with the raw view: one that has it."""
+    if detected != QCOW2:
+        return _mismatch(QCOW2, detected)
+    if view == "stored":
+        return Verdict(state="servable")
+    try:
+        return Verdict(state="servable", shown_size=qcow2_layout_of(header, stored_size=size).size)
+    except ValueError as exc:
+        return _refused(f"its qcow2 has no raw view: {exc}")
 
 
 def _detected(header: bytes, *, is_all: bool) -> format_inspector.FileInspector:
@@ -106,10 +139,8 @@ def _detected(header: bytes, *, is_all: bool) -> format_inspector.FileInspector:
     return formats[0]
 
 
-def _agreement(disk_format: str, detected: str, header: bytes, *, view: View) -> Verdict:
+def _agreement(disk_format: str, detected: str, header: bytes) -> Verdict:
     """Whether the bytes are what the metadata say, and qemu sees in them what we want shown."""
-    if disk_format == "qcow2" and view == "stored":
-        return Verdict(state="servable") if detected == "qcow2" else _mismatch(disk_format, detected)
     if disk_format not in _SHOWN_AS_STORED:
         return _refused(f"disk_format {disk_format} has no raw view")
     is_whole_disk = disk_format == "raw" and detected == "gpt"

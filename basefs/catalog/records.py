@@ -38,10 +38,14 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether the image's bytes may be shown. `reason` says why not, in an operator's words."""
+    """Whether the image's bytes may be shown. `reason` says why not, in an operator's words.
+
+    `shown_size`: see `LocalState`; of a verdict on the content that was made just now.
+    """
 
     state: VerdictState
     reason: str | None = None
+    shown_size: int | None = None
 
 
 UNCHECKED = Verdict(state="unchecked")
@@ -56,6 +60,7 @@ class LocalState:
     `cached_bytes` is what is in the chunk file (while that is closed: as of its last closing).
     `last_used_ns` is when it was last opened, closed or seen to be read: what the evictor goes by.
     `shown_size` is what the content check found the raw view to be long; None where the stored bytes are shown.
+    `checked_view` is the `view` that the verdict on the content of a qcow2 image was made for.
     `is_wanted`: nova asked for all of it (its pre-cache call). `is_graduated`: we made it a lower file of its own name.
     """
 
@@ -72,6 +77,7 @@ class LocalState:
     last_used_ns: int | None = None
     pinned: bool = False
     shown_size: int | None = None
+    checked_view: str = "stored"
     is_wanted: bool = False
     whole: WholeState = "unknown"
     is_graduated: bool = False

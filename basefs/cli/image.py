@@ -12,7 +12,7 @@ from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, cell, columns
 from basefs.cli.progress import progress_reporter
 from basefs.errors import ControlError
 
-LIST_COLUMNS = ("id", "name", "base_name", "disk_format", "size", "cached_bytes", "state", "in_use")
+LIST_COLUMNS = ("id", "name", "base_name", "disk_format", "size", "shown_size", "cached_bytes", "state", "in_use")
 
 
 class ImageList(BasefsCommand, Lister):

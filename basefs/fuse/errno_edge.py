@@ -43,6 +43,7 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
     errors.ImageNotFoundError: errno.EIO,
     # ENOENT is the clean fallback: nova then downloads, checks and converts the image itself.
     errors.ImageRefusedError: errno.ENOENT,
+    errors.ImageDamagedError: errno.EIO,
     errors.SourceError: errno.EIO,
     errors.SourceUnavailableError: errno.EIO,
     errors.SourceForbiddenError: errno.EIO,

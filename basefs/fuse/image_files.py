@@ -84,9 +84,13 @@ class ImageFiles:
         if not is_base_name(text):
             return None
         entry = await self._catalog.resolve(text)
-        if entry is not None and not self._handler.open_handles(entry):
+        if entry is not None and not self._is_let_through(entry):
             await self._gate.let_through(entry, deadline_s=self._settings.lookup_deadline_s)
         return entry
+
+    def _is_let_through(self, entry: ImageEntry) -> bool:
+        """Whether the gate let somebody through who has it open still, and it is known how large it was shown."""
+        return self._handler.open_handles(entry) > 0 and self._gate.knows_view(entry)
 
     async def wait_known(self) -> None:
         """Return when the catalog knows something: at once but for a node's first listing, which waits for Glance's."""
@@ -120,7 +124,7 @@ class ImageFiles:
         )
         attributes.st_uid = self._settings.owner_uid if local.uid is None else local.uid
         attributes.st_gid = self._settings.owner_gid if local.gid is None else local.gid
-        attributes.st_size = entry.size
+        attributes.st_size = entry.shown_size
         attributes.st_blocks = -(-local.cached_bytes // BLOCK_BYTES)
         if local.atime_ns is not None:
             attributes.st_atime_ns = local.atime_ns
@@ -191,7 +195,7 @@ class ImageFiles:
         """
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise errors.ReadOnlyError(f"image {entry.image_id} is read-only")
-        if not self._handler.open_handles(entry):
+        if not self._is_let_through(entry):
             await self._gate.let_through(entry, deadline_s=self._settings.lookup_deadline_s)
         if entry.local.used_at_ns is None:
             entry.local.used_at_ns = time.time_ns()

@@ -19,8 +19,11 @@ class Patience:
 class PreparedImage(Protocol):
     """An image whose bytes can be read; what is not here comes meanwhile."""
 
-    size: int
-    """Bytes shown."""
+    @property
+    def size(self) -> int:
+        """Bytes shown."""
+        ...
+
     hit: Callable[[int, int], memoryview | bytes | None]
     """`hit(offset, size)`: what is shown there, up to the end, if it can be had at once; else None.
 

@@ -28,6 +28,8 @@ from basefs.core.chunk_map import ChunkMapHeader
 from basefs.core.inodes import image_inode, image_number_of
 from basefs.handlers.base import Patience, PreparedImage, TemplateImageHandler
 from basefs.handlers.graduated import GraduatedImage, GraduatedImages
+from basefs.views.choice import Views
+from basefs.views.qcow2 import Qcow2View
 from basefs.views.stored import StoredView
 
 log = logging.getLogger(__name__)
@@ -38,11 +40,15 @@ IDLE_IMAGES_MAX = 64
 class DownloadedImage:
     """A prepared image: its view over its fetcher."""
 
-    def __init__(self, fetcher: ImageFetcher) -> None:
+    def __init__(self, fetcher: ImageFetcher, view: StoredView | Qcow2View) -> None:
         self.fetcher = fetcher
-        self._view = StoredView(fetcher)
-        self.size = self._view.size
-        self.hit = self._view.hit
+        self._view = view
+        self.hit: Callable[[int, int], memoryview | bytes | None] = view.hit
+
+    @property
+    def size(self) -> int:
+        """See `PreparedImage.size`."""
+        return self._view.size
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes:
         """See `PreparedImage.read`."""
@@ -50,18 +56,25 @@ class DownloadedImage:
 
 
 class DownloadingTemplateImageHandler(TemplateImageHandler):
-    """Prepares images out of `chunks_dir`."""
+    """Prepares images out of `chunks_dir`, shown through `views`."""
 
     name = "downloading"
 
     def __init__(
-        self, chunks_dir: Path, chunk_bytes: int, services: FetchServices, *, graduated: GraduatedImages | None = None
+        self,
+        chunks_dir: Path,
+        chunk_bytes: int,
+        services: FetchServices,
+        views: Views,
+        *,
+        graduated: GraduatedImages | None = None,
     ) -> None:
         """`graduated`: the images that are served from their own file; None where there are none."""
         self._chunks_dir = chunks_dir
         self._graduated = graduated
         self._chunk_bytes = chunk_bytes
         self._services = services
+        self._views = views
         self._images: dict[int, DownloadedImage] = {}  # in order of last use
         self._opens: Counter[int] = Counter()
         self._opening: SingleFlight[int, None] = SingleFlight(services.nursery)
@@ -153,7 +166,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
             states = bytearray(self._wanted(entry).chunks)
         chunk_bytes = self._chunk_bytes if file is None else file.header.chunk_bytes
         fetcher = ImageFetcher(entry, file, states, chunk_bytes, self._services)
-        self._images[entry.number] = DownloadedImage(fetcher)
+        self._images[entry.number] = DownloadedImage(fetcher, self._views.of(entry, fetcher))
         if file is None and not self._is_mending:
             self._is_mending = True
             self._services.nursery.start_soon(self._mend)

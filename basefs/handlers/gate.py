@@ -12,13 +12,13 @@ from dataclasses import replace
 import trio
 
 from basefs import errors
-from basefs.catalog.checks import View, content_verdict, metadata_verdict
-from basefs.catalog.records import ImageEntry, Verdict
+from basefs.catalog.checks import HEADER_BYTES_MAX, QCOW2, View, content_verdict, disk_verdict, metadata_verdict
+from basefs.catalog.records import UNCHECKED, ImageEntry, Verdict
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.retry import backoff_s
-from basefs.handlers.base import TemplateImageHandler
-from basefs.sources.base import ImageSource
+from basefs.handlers.base import Patience, TemplateImageHandler
+from basefs.sources.base import ImageSource, ProbeResult
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,25 @@ class ServableGate:
         if record.status != "active" and entry.local.used_at_ns is not None and entry.verdict.state == "servable":
             # In use here before it was deactivated: nova's own cache would go on serving it, too.
             record = replace(record, status="active")
-        by_metadata = metadata_verdict(record, view=self._view, verify_signatures=self._verify_signatures)
-        return by_metadata if by_metadata.state == "refused" else entry.verdict
+        by_metadata = metadata_verdict(record, verify_signatures=self._verify_signatures)
+        if by_metadata.state == "refused":
+            return by_metadata
+        if record.disk_format == QCOW2 and not self.knows_view(entry):
+            return UNCHECKED
+        return entry.verdict
+
+    def knows_view(self, entry: ImageEntry) -> bool:
+        """False where the raw view of a qcow2 image is shown and its size is not known, or the other way round.
+
+        So it is after a change of `view`, and for an image in use only where the state database was lost.
+        """
+        local = entry.local
+        if entry.record.disk_format != QCOW2:
+            return True
+        is_raw = self._view == "raw"
+        return local.checked_view == self._view and (
+            entry.verdict.state != "servable" or is_raw == bool(local.shown_size)
+        )
 
     def refused_reason(self, entry: ImageEntry) -> str | None:
         """Why the image is not shown; also where its bytes could not be checked when it was last looked up."""
@@ -100,13 +117,36 @@ class ServableGate:
     async def _check(self, entry: ImageEntry, deadline_s: float) -> None:
         """Runs as a flight: look at the image's first bytes, keep them, and note the verdict."""
         until = trio.current_time() + deadline_s
+        try:
+            probe = await self._probe(entry, until)
+            # In a thread: inspecting 256 KiB takes 5-20 ms.
+            record = entry.record
+            verdict = await self._inspections.run(lambda: content_verdict(record, probe.header, view=self._view))
+            if verdict.shown_size is not None:
+                verdict = await self._disk_verdict(entry, verdict, probe.header, until)
+        except errors.ImageNotFoundError as exc:
+            entry.is_gone = True
+            self._changed(entry)
+            raise errors.ImageRefusedError(str(exc)) from exc
+        except errors.SourceUnavailableError:
+            raise
+        except errors.SourceError as exc:
+            # Not ours to have (403) or broken in the store: nova's own download will tell its user so.
+            self._log_once(entry, str(exc))
+            self._denied[entry.number] = str(exc)
+            raise errors.ImageRefusedError(str(exc)) from exc
+        self._denied.pop(entry.number, None)
+        entry.verdict, entry.local.shown_size, entry.local.checked_view = verdict, verdict.shown_size, self._view
+        if verdict.state == "servable" and verdict.shown_size is None:
+            await self._handler.keep_header(entry, probe.header)
+        self._changed(entry)
+
+    async def _probe(self, entry: ImageEntry, until: float) -> ProbeResult:
+        """The image's first bytes and how it comes; tried again `until` then, except in an outage."""
         attempt = 0
         while True:
             try:
-                probe = await self._source.probe(
-                    entry.image_id, size=entry.size, header_bytes=self._header_bytes
-                )  # fmt: skip
-                break
+                probe = await self._source.probe(entry.image_id, size=entry.size, header_bytes=self._header_bytes)
             except errors.SourceUnavailableError as exc:
                 if exc.is_outage:
                     raise  # it says so at once to whoever lists a thousand images
@@ -116,22 +156,19 @@ class ServableGate:
                     raise
                 log.debug("image %s: %s; trying again", entry.image_id, exc)
                 await trio.sleep(wait_s)
-            except errors.ImageNotFoundError as exc:
-                entry.is_gone = True
-                self._changed(entry)
-                raise errors.ImageRefusedError(str(exc)) from exc
-            except errors.SourceError as exc:
-                # Not ours to have (403) or broken in the store: nova's own download will tell its user so.
-                self._log_once(entry, str(exc))
-                self._denied[entry.number] = str(exc)
-                raise errors.ImageRefusedError(str(exc)) from exc
-        self._denied.pop(entry.number, None)
-        entry.local.source_kind, entry.local.source_reason = probe.kind, probe.reason
-        entry.looked_at = trio.current_time()
-        # In a thread: inspecting 256 KiB takes 5-20 ms.
-        record = entry.record
-        verdict = await self._inspections.run(lambda: content_verdict(record, probe.header, view=self._view))
-        entry.verdict = verdict
-        if entry.verdict.state == "servable":
-            await self._handler.keep_header(entry, probe.header)
-        self._changed(entry)
+            else:
+                entry.local.source_kind, entry.local.source_reason = probe.kind, probe.reason
+                entry.looked_at = trio.current_time()
+                return probe
+
+    async def _disk_verdict(self, entry: ImageEntry, servable: Verdict, header: bytes, until: float) -> Verdict:
+        """The verdict on the first bytes that a raw view shows; what the header does not hold is fetched, and kept."""
+        entry.local.shown_size = servable.shown_size
+        await self._handler.keep_header(entry, header)
+        image = await self._handler.fetch_image(entry)
+        patience = Patience(deadline_s=max(0.0, until - trio.current_time()), is_guest=False)
+        try:
+            first = await image.read(0, HEADER_BYTES_MAX, patience)
+        except errors.ImageDamagedError as exc:
+            return Verdict(state="refused", reason=str(exc))
+        return await self._inspections.run(disk_verdict, servable, first)

@@ -41,6 +41,7 @@ def image_report(
         "disk_format": record.disk_format,
         "view": view,
         "size": record.size,
+        "shown_size": None if record.size is None else entry.shown_size,
         "cached_bytes": local.cached_bytes,
         "fetched_bytes": local.fetched_bytes,
         "state": image_state(entry, gate, handler),

@@ -25,6 +25,7 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.evictable import HandlerContents
 from basefs.handlers.uses import ImageUses
 from basefs.sources.base import ImageSource
+from basefs.views.choice import Views
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,12 @@ async def build_cache(
     health = DiskHealth(chunks_dir, nursery, disk)
     evictor = Evictor(space, disk, EvictionCounters())
     health.relieve = evictor.relieve
+    views = Views(settings.view)
+
+    def forget(entry: ImageEntry) -> None:
+        views.forget(entry)
+        forget_pages(entry)
+
     services = FetchServices(
         nursery=nursery,
         source=source,
@@ -101,9 +108,9 @@ async def build_cache(
         evictor=evictor,
         unstored=UnstoredChunks(),
         outage=outage,
-        forget_pages=forget_pages,
+        forget_pages=forget,
     )
-    handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services)
+    handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views)
     known = {entry.number for entry in catalog.entries()}
     if is_first:
         await handler.init()

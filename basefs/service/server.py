@@ -22,6 +22,7 @@ from basefs import errors
 from basefs.cache.fetch_services import FetchCounters
 from basefs.cache.state_db import StateDatabase
 from basefs.catalog.glance_catalog import Catalog
+from basefs.concurrency.gather import first_error
 from basefs.config import Settings
 from basefs.config.listen import listen_address
 from basefs.control.listener import ControlListener
@@ -256,12 +257,6 @@ async def serve(arguments: Arguments, loaded: Loaded, channel: KeeperChannel) ->
             outlive_keeper()
             await service.run()
     except* errors.BasefsError as group:
-        error = _first(group)
+        error = first_error(group)
         channel.send({"type": "failed", "error": str(error)})
         raise error from None
-
-
-def _first(group: BaseExceptionGroup[errors.BasefsError]) -> errors.BasefsError:
-    for error in group.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    raise AssertionError("an exception group is never empty")

@@ -10,6 +10,8 @@ class ByteSource(Protocol):
     size: int
     hit: Callable[[int, int], memoryview | bytes | None]
     """See `ChunkFile.hit`."""
+    hit_into: Callable[[int, memoryview], bool]
+    """See `ChunkFile.hit_into`."""
 
     async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
         """See `ImageFetcher.read`."""

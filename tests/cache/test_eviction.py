@@ -26,6 +26,7 @@ from basefs.core.names import base_name_of
 from basefs.core.readahead import Window
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.views.choice import Views
 from tests.cache.conftest import CHUNK, make_entry
 from tests.cache.memory_source import MemorySource
 from tests.cache.services import make_services
@@ -112,7 +113,7 @@ async def a_node(directory: Path, *, limits: CacheLimits | None = None) -> Async
     source = MemorySource({})
     async with trio.open_nursery() as nursery:
         services = make_services(nursery, source, directory, limits=limits or CacheLimits(max_bytes=LIMIT))
-        handler = DownloadingTemplateImageHandler(directory, CHUNK, services)
+        handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views("raw"))
         node = Node(handler, services, source)
         nursery.start_soon(services.evictor.run, node)
         yield node

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from basefs.catalog.checks import HEADER_BYTES_MAX, content_verdict, metadata_verdict
+from basefs.catalog.checks import HEADER_BYTES_MAX, content_verdict, disk_verdict, metadata_verdict
 from basefs.catalog.qemu_probe import format_seen_by_qemu
-from basefs.catalog.records import ImageRecord
+from basefs.catalog.records import ImageRecord, Verdict
 
 MIB = 1024 * 1024
 RECORD = ImageRecord(
@@ -60,12 +60,11 @@ def iso(front: bytes = b"") -> bytes:
 # --- metadata --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("disk_format", ["raw", "iso", "ami", "aki", "ari"])
+@pytest.mark.parametrize("disk_format", ["raw", "iso", "ami", "aki", "ari", "qcow2"])
 @pytest.mark.parametrize("container_format", ["bare", "ami", "aki", "ari"])
-@pytest.mark.parametrize("view", ["raw", "stored"])
-def test_metadata_leave_the_decision_to_the_content(disk_format, container_format, view):
+def test_metadata_leave_the_decision_to_the_content(disk_format, container_format):
     record = replace(RECORD, disk_format=disk_format, container_format=container_format, is_signed=True)
-    assert metadata_verdict(record, view=view, verify_signatures=False).state == "unchecked"
+    assert metadata_verdict(record, verify_signatures=False).state == "unchecked"
 
 
 @pytest.mark.parametrize(
@@ -76,23 +75,15 @@ def test_metadata_leave_the_decision_to_the_content(disk_format, container_forma
         ({"size": 0}, "empty"),
         *[({"disk_format": f}, f) for f in ("vmdk", "vdi", "vhd", "vhdx", "ploop", "gpt", "luks", "qed", "RAW")],
         ({"disk_format": None}, "None"),
-        ({"disk_format": "qcow2"}, "no raw view of qcow2 yet"),
         *[({"container_format": c}, c) for c in ("ova", "ovf", "docker", "compressed")],
         ({"container_format": None}, "None"),
         ({"is_signed": True}, "signed"),
     ],
 )
 def test_metadata_refuse_with_a_reason(changes, reason):
-    verdict = metadata_verdict(replace(RECORD, **changes), view="raw", verify_signatures=True)
+    verdict = metadata_verdict(replace(RECORD, **changes), verify_signatures=True)
     assert verdict.state == "refused"
     assert reason in verdict.reason
-
-
-def test_qcow2_may_be_shown_as_it_is_stored():
-    record = replace(RECORD, disk_format="qcow2")
-    assert metadata_verdict(record, view="stored", verify_signatures=True).state == "unchecked"
-    # The content check does not trust the metadata check to have been made.
-    assert content_verdict(record, b"\0" * HEADER_BYTES_MAX, view="raw").state == "refused"
 
 
 # --- content ---------------------------------------------------------------------------------------------
@@ -222,6 +213,34 @@ def test_only_a_plain_qcow2_is_servable_as_one(images, name):
     assert verdict_of(images[name].read_bytes(), "qcow2", view="stored").state == expected
 
 
+@pytest.mark.parametrize("name", ["raw", *NOT_RAW])
+def test_only_a_plain_qcow2_has_a_raw_view(images, name):
+    verdict = verdict_of(images[name].read_bytes(), "qcow2", view="raw")
+    if name in ("qcow2", "qcow2-v2"):
+        assert (verdict.state, verdict.shown_size) == ("servable", 8 * MIB)
+        assert disk_verdict(verdict, b"\0" * HEADER_BYTES_MAX) == verdict
+    else:
+        assert verdict.state == "refused"
+    if name == "qcow2-luks":
+        assert verdict.reason == "its qcow2 has no raw view: it is encrypted (LUKS)"
+
+
+@pytest.mark.parametrize("name", NOT_RAW)
+def test_a_qcow2_whose_disk_qemu_would_not_take_for_raw_is_refused(images, name):
+    # nova converts and then asks `qemu-img info`: what it would not have as a base is not shown.
+    servable = Verdict(state="servable", shown_size=1 << 30)
+    first = images[name].read_bytes()[:HEADER_BYTES_MAX].ljust(HEADER_BYTES_MAX, b"\0")
+    verdict = disk_verdict(servable, first)
+    assert verdict.state == "refused"
+    assert "the disk in it" in verdict.reason
+
+
+@pytest.mark.parametrize("disk", [b"\0" * 4096, mbr(partition(0x83)), mbr(PROTECTIVE), iso(), os.urandom(MIB)])
+def test_a_qcow2_whose_disk_nova_takes_for_raw_is_servable(disk):
+    servable = Verdict(state="servable", shown_size=len(disk))
+    assert disk_verdict(servable, disk[:HEADER_BYTES_MAX]) is servable
+
+
 @pytest.mark.parametrize("name", ["qcow2-backed", "qcow2-data-file", "qcow2-unknown-feature"])
 def test_the_reason_says_what_is_wrong_with_a_qcow2(images, name):
     reason = verdict_of(images[name].read_bytes(), "qcow2", view="stored").reason
@@ -275,6 +294,7 @@ def test_hostile_bytes_get_a_verdict_soon_and_only_raw_ones_are_shown_as_raw(pla
     assert verdict.state in ("servable", "refused")
     assert (verdict.reason is None) == (verdict.state == "servable")
     if verdict.state == "servable":
+        assert (verdict.shown_size is not None) == (disk_format == "qcow2" and view == "raw")
         assert format_seen_by_qemu(data) == ("qcow2" if disk_format == "qcow2" else None)
 
 

@@ -27,6 +27,7 @@ from basefs.core.chunk_map import PAGE, parse_header
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.service.inherited import _highest_number
+from basefs.views.choice import Views
 from tests.cache.memory_source import MemorySource
 from tests.cache.records import record
 from tests.cache.services import make_services
@@ -79,7 +80,7 @@ async def running(
         async with trio.open_nursery() as nursery:
             chunks.mkdir(parents=True, exist_ok=True)
             services = make_services(nursery, source, chunks, counters=counters, changed=database.touch)
-            handler = DownloadingTemplateImageHandler(chunks, CHUNK, services)
+            handler = DownloadingTemplateImageHandler(chunks, CHUNK, services, Views("raw"))
             known = {entry.image_id: entry for entry in await database.load()}
             if claims is not None:
                 ids = list(claims)

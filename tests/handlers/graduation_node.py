@@ -19,6 +19,7 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.graduated import GraduatedImages
 from basefs.handlers.graduation import GraduationSettings, Graduator
 from basefs.handlers.parts import ShownFile
+from basefs.views.choice import Views
 from tests.cache.conftest import CHUNK, IMAGE_ID, make_entry
 from tests.cache.memory_source import MemorySource
 from tests.cache.services import make_services
@@ -110,7 +111,7 @@ async def a_node(
     lower.mkdir(exist_ok=True)
     in_glance = content if stored_bytes is None else stored_bytes
     if entry is None:
-        entry = make_entry(len(in_glance))
+        entry = make_entry(len(in_glance), disk_format="raw" if stored_bytes is None else "qcow2")
         entry.local.shown_size = None if stored_bytes is None else len(content)
     escrow = escrow or MemoryEscrow()
     the_entry = entry
@@ -125,7 +126,7 @@ async def a_node(
             services = make_services(nursery, MemorySource({IMAGE_ID: in_glance}), chunks)
             blocking = BlockingCalls("graduated", threads_max=4)
             graduated = GraduatedImages(lower_fd, blocking, escrow, nursery, lambda _entry: None)
-            handler = DownloadingTemplateImageHandler(chunks, CHUNK, services, graduated=graduated)
+            handler = DownloadingTemplateImageHandler(chunks, CHUNK, services, Views("raw"), graduated=graduated)
             settings = GraduationSettings(is_on=is_on, chunks_dir=chunks, reserve_bytes=reserve_bytes, host=HOST)
             graduator = Graduator(handler, graduated, settings, nursery, shown=shown, stored=store)
             await graduated.restore(escrow.held(), lambda number: the_entry if number == the_entry.number else None)

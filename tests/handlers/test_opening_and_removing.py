@@ -14,6 +14,7 @@ from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.core.inodes import image_inode
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.views.choice import Views
 from tests.cache.conftest import CHUNK, IMAGE_ID, make_entry
 from tests.cache.memory_source import MemorySource
 from tests.cache.services import make_services
@@ -29,7 +30,7 @@ async def a_handler(
 ) -> AsyncIterator[DownloadingTemplateImageHandler]:
     async with trio.open_nursery() as nursery:
         services = make_services(nursery, source or MemorySource({IMAGE_ID: IMAGE}), directory)
-        handler = DownloadingTemplateImageHandler(directory, CHUNK, services)
+        handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views("raw"))
         await handler.init()
         yield handler
         await handler.close()
