@@ -154,6 +154,11 @@ class OverlayWatch:
         """Whether a look was complete."""
         return self._is_known
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the last look was complete, and is no older than the watch ever lets it become."""
+        return self._looked_at is not None and trio.current_time() - self._looked_at < SCAN_EVERY_S
+
     def users(self, base_name: str) -> list[str]:
         """Overlays of the image, relative to instances_path; a few of them."""
         return self._users.get(base_name, [])

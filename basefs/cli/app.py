@@ -27,6 +27,7 @@ COMMANDS = {
     "unmount": "unmount:Unmount",
     "status": "status:Status",
     "upgrade": "upgrade:Upgrade",
+    "drain": "drain:Drain",
     "doctor": "doctor:Doctor",
     "image list": "image:ImageList",
     "image show": "image:ImageShow",

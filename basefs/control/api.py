@@ -57,6 +57,17 @@ class ServiceView(Protocol):
         """
         ...
 
+    def drain(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Make every image in use a file of the lower directory while the caller iterates.
+
+        Yields about every PROGRESS_INTERVAL_S `image_id`, `base_name`, `size`, `cached_bytes`, `in_use`, `error`,
+        `state`; of each image the last one has the state `graduated`, or `failed`. Nothing where none is in use.
+
+        Raises:
+            ControlError: images do not graduate here, or it is not known which are in use.
+        """
+        ...
+
     async def evict(self, ref: str) -> dict[str, Any]:
         """Drop the image's local bytes: `evicted_bytes`.
 

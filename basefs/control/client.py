@@ -56,6 +56,10 @@ class ControlClient:
         """Progress of checking what is here of the image, or of all images (None)."""
         return self._progress("/verify" if ref is None else _image_path(ref) + "/verify")
 
+    def drain(self) -> Generator[dict[str, Any], None, None]:
+        """Progress of making every image in use a file of the lower directory."""
+        return self._progress("/drain")
+
     def _progress(self, path: str) -> Generator[dict[str, Any], None, None]:
         try:
             with closing(_UnixConnection(self._path, PROGRESS_DEADLINE_S)) as connection:

@@ -110,6 +110,9 @@ def _application(view: ServiceView) -> Starlette:
     async def verify(request: Request) -> Response:
         return _ProgressResponse(view.verify(request.path_params.get("ref")))
 
+    async def drain(_request: Request) -> Response:
+        return _ProgressResponse(view.drain())
+
     async def evict(request: Request) -> Response:
         return JSONResponse(await view.evict(request.path_params["ref"]))
 
@@ -125,6 +128,7 @@ def _application(view: ServiceView) -> Starlette:
             Route(f"{API_PREFIX}/status", status, methods=["GET"]),
             Route(f"{API_PREFIX}/images", images, methods=["GET"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/warm", warm, methods=["POST"]),
+            Route(f"{API_PREFIX}/drain", drain, methods=["POST"]),
             Route(f"{API_PREFIX}/verify", verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/verify", verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/evict", evict, methods=["POST"]),

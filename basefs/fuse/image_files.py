@@ -10,6 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyfuse3
@@ -84,13 +85,35 @@ class ImageFiles:
         if not is_base_name(text):
             return None
         entry = await self._catalog.resolve(text)
+        if entry is not None and entry.local.is_graduated:
+            await self._look_for_file(entry)
         if entry is not None and not self._is_let_through(entry):
             await self._gate.let_through(entry, deadline_s=self._settings.lookup_deadline_s)
         return entry
 
     def _is_let_through(self, entry: ImageEntry) -> bool:
-        """Whether the gate let somebody through who has it open still, and it is known how large it was shown."""
+        """Whether the gate let somebody through who has it open still, and it is known how large it was shown.
+
+        One that became a lower file was let through before that, and is a matter of nova's from then on.
+        """
+        if entry.local.is_graduated:
+            return True
         return self._handler.open_handles(entry) > 0 and self._gate.knows_view(entry)
+
+    async def lower_removed(self, name: bytes) -> None:
+        """The lower directory's file of that name was removed or renamed. Never fails.
+
+        Was it an image's, made by us, that is a lazy image again, as after `unlink`.
+        """
+        entry = self._catalog.by_base_name(name.decode("ascii", "replace"))
+        if entry is not None and entry.local.is_graduated:
+            with suppress(errors.LowerFileError):  # the next look-up of the name finds it out
+                await self._look_for_file(entry)
+
+    async def _look_for_file(self, entry: ImageEntry) -> None:
+        if await self._handler.is_lazy_again(entry):
+            entry.local.used_at_ns = entry.local.mtime_ns = entry.local.atime_ns = None
+            await self._stored(entry)
 
     async def wait_known(self) -> None:
         """Return when the catalog knows something: at once but for a node's first listing, which waits for Glance's."""

@@ -99,6 +99,8 @@ class Operations(pyfuse3.Operations):
         self._check_writable(parent_inode, name)
         try:
             await self._lower.unlink(parent_inode, name)
+            if parent_inode == inodes.ROOT:
+                await self._images.lower_removed(name)
         except errors.NoSuchEntryError:
             entry = await self._images.find(name) if parent_inode == inodes.ROOT else None
             if entry is None:
@@ -121,6 +123,8 @@ class Operations(pyfuse3.Operations):
         self._check_writable(parent_inode_new, name_new)
         try:
             await self._lower.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+            if parent_inode_old == inodes.ROOT:
+                await self._images.lower_removed(name_old)
         except errors.NoSuchEntryError:
             for parent, name in ((parent_inode_old, name_old), (parent_inode_new, name_new)):
                 if parent == inodes.ROOT and await self._images.find(name) is not None:

@@ -73,6 +73,14 @@ class TemplateImageHandler(ABC):
         """Handles on the image, of this and of earlier servers."""
 
     @abstractmethod
+    async def is_lazy_again(self, entry: ImageEntry) -> bool:
+        """True once after the lower file that the image had become is gone: it is a lazy image again from here.
+
+        Raises:
+            LowerFileError: the lower directory does not say.
+        """
+
+    @abstractmethod
     async def remove_image(self, entry: ImageEntry) -> int:
         """Drop what is here of an image that nobody has open; how many bytes that were. Glance keeps its own."""
 

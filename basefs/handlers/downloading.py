@@ -291,6 +291,13 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         entry.local.cached_bytes = 0
         self._services.changed(entry)
 
+    async def is_lazy_again(self, entry: ImageEntry) -> bool:
+        """See the base class. Who has the image open goes on reading the file that has no name any more."""
+        if self._graduated is None or not entry.local.is_graduated or await self._graduated.has_name(entry):
+            return False
+        self._graduated.gone(entry)
+        return True
+
     async def drop_left_over(self, entry: ImageEntry) -> None:
         """Remove the chunk file of an image that is a lower file, unless somebody reads it from there."""
         async with self._alone(entry):

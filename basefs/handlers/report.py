@@ -7,14 +7,17 @@ from basefs.handlers.base import TemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.uses import ImageUses
 
-ImageState = Literal["refused", "unchecked", "cold", "partial", "warming", "complete"]
+ImageState = Literal["refused", "unchecked", "cold", "partial", "warming", "complete", "graduated"]
 
 
 def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler) -> ImageState:
     """One word for where the image stands on this node.
 
-    `cold`: nothing here but perhaps the header; `partial`: some was read; `complete`: every byte is here.
+    `cold`: nothing here but perhaps the header; `partial`: some was read; `complete`: every byte is here;
+    `graduated`: it became a file of the lower directory, nova's own.
     """
+    if entry.local.is_graduated:
+        return "graduated"
     verdict = gate.verdict(entry)
     if verdict.state == "refused":
         return "refused"

@@ -23,6 +23,7 @@ from basefs.concurrency.threads import BlockingCalls
 from basefs.config import Settings
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.evictable import HandlerContents
+from basefs.handlers.graduated import GraduatedImages
 from basefs.handlers.uses import ImageUses
 from basefs.sources.base import ImageSource
 from basefs.views.choice import Views
@@ -74,6 +75,7 @@ async def build_cache(
     outage: Outage,
     forget_pages: Callable[[ImageEntry], None],
     is_first: bool,
+    graduated: GraduatedImages,
 ) -> CacheParts:
     """The parts, at work in the service nursery. What is there already is counted meanwhile; only writes wait for it.
 
@@ -110,7 +112,7 @@ async def build_cache(
         outage=outage,
         forget_pages=forget,
     )
-    handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views)
+    handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views, graduated=graduated)
     known = {entry.number for entry in catalog.entries()}
     if is_first:
         await handler.init()

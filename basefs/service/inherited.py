@@ -9,11 +9,14 @@ import trio
 
 from basefs.cache import state_db
 from basefs.cache.state_db import StateDatabase
+from basefs.catalog.glance_catalog import Catalog
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.inodes import first_other_handle, image_number_of
 from basefs.fuse import lower_files, open_table
 from basefs.fuse.lower import LowerTree
 from basefs.fuse.open_table import OpenTable
+from basefs.handlers.graduated import HELD_PREFIX as GRADUATED_PREFIX
+from basefs.handlers.graduated import GraduatedImages
 from basefs.service.keeper_channel import KeeperChannel
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,17 @@ async def open_lower_tree(lower_fd: int, channel: KeeperChannel) -> LowerTree:
     if held:
         log.info("%d open lower files go on", len(held))
     return tree
+
+
+async def open_graduated(
+    lower_fd: int, channel: KeeperChannel, nursery: trio.Nursery, catalog: Catalog
+) -> GraduatedImages:
+    """The images that are read from their file in the lower directory, with those that are open."""
+    images = GraduatedImages(
+        lower_fd, BlockingCalls("graduated", threads_max=LOWER_THREADS_MAX), channel, nursery, catalog.touch
+    )
+    await images.restore(channel.take(GRADUATED_PREFIX), catalog.by_number)
+    return images
 
 
 async def open_open_table(channel: KeeperChannel) -> OpenTable:

@@ -15,6 +15,7 @@ import os
 import pwd
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -39,7 +40,9 @@ from basefs.handlers.gate import ServableGate
 from basefs.service import last_config
 from basefs.service.arguments import Arguments, option_texts, with_fixed
 from basefs.service.cache_parts import STREAMS_MAX, build_cache
-from basefs.service.inherited import open_database, open_lower_tree, open_open_table
+from basefs.service.drain import Drain
+from basefs.service.graduation_parts import build_graduator, complete
+from basefs.service.inherited import open_database, open_graduated, open_lower_tree, open_open_table
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.last_config import Loaded
@@ -105,6 +108,7 @@ class Service:
         source = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
+        graduated = await open_graduated(self._arguments.lower_fd, self._channel, nursery, catalog)
         cache = await build_cache(
             nursery,
             source,
@@ -114,6 +118,7 @@ class Service:
             outage=self._access.endpoints.outage,
             forget_pages=lambda entry: pages.forget(image_inode(entry.number)),
             is_first=is_first,
+            graduated=graduated,
         )
         handler = cache.handler
         integrity = Integrity(catalog, handler, cache.uses, database, settings)
@@ -143,6 +148,9 @@ class Service:
         opens = await open_open_table(self._channel)
         images = ImageFiles(catalog, gate, handler, self._file_settings(), nursery, opens, stored=database.stored)
         nursery.start_soon(images.remove_left_over)
+        graduator = build_graduator(nursery, handler, graduated, images, database, settings)
+        nursery.start_soon(graduator.tidy_up, catalog.entries)
+        view.drains = Drain(catalog, cache.uses, graduator, nursery, complete=partial(complete, handler))
         virtual = VirtualTree(catalog, images, view.status, view.report, self._channel)
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))

@@ -19,13 +19,14 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.report import image_report
 from basefs.service.cache_parts import CacheParts
+from basefs.service.drain import Drain
 from basefs.service.integrity import Integrity
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
 
 
 class View:
-    """See `ServiceView`. `operations` is set by the service once the face is built."""
+    """See `ServiceView`. `operations` and `drains` are set by the service once the face is built."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class View:
         self._cache = cache
         self._started_at = trio.current_time()
         self.operations: Operations | None = None
+        self.drains: Drain | None = None
         self.state = "starting"
 
     def status(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class View:
             "images": len(entries),
             "images_refused": refused,
             "images_in_use": sum(1 for entry in entries if self._cache.uses.why_in_use(entry)),
+            "images_graduated": sum(1 for entry in entries if entry.local.is_graduated),
             "images_pinned": sum(1 for entry in entries if entry.local.pinned),
             "open_handles": sum(self._handler.open_handles(entry) for entry in entries),
             "fetched_bytes": self._source.received_bytes,
@@ -149,6 +152,11 @@ class View:
         if ref is not None:
             self._catalog.find(ref)
         return self._integrity.verify(ref)
+
+    def drain(self) -> AsyncGenerator[dict[str, Any], None]:
+        """See `ServiceView.drain`."""
+        assert self.drains is not None, "set before commands are served"
+        return self.drains.run()
 
     async def evict(self, ref: str) -> dict[str, Any]:
         """See `ServiceView.evict`."""
