@@ -6,6 +6,7 @@ from typing import Any
 
 from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, human_bytes, say_error
 from basefs.cli.progress import progress_reporter
+from basefs.errors import ControlError
 
 ENDS = ("graduated", "failed")
 
@@ -28,6 +29,8 @@ class Drain(BasefsCommand):
                 progress_reporter(self.app.stdout, "completing", "cached_bytes", "size", _describe) as reporter,
             ):
                 for last in steps:
+                    if last["state"] == "ended":
+                        break
                     if last["state"] in ENDS:
                         ended.append(last)
                         self._tell(last)
@@ -36,6 +39,8 @@ class Drain(BasefsCommand):
         except KeyboardInterrupt:
             say_error(f"stopped; {len(ended)} images were seen to, and what is here of the next one stays")
             return INTERRUPTED
+        if last.get("state") != "ended":
+            raise ControlError("the server stopped before every image was seen to; drain again")
         return self._outcome(ended)
 
     def _tell(self, step: dict[str, Any]) -> None:
@@ -49,10 +54,8 @@ class Drain(BasefsCommand):
         if failed:
             say_error(f"not safe to unmount: {failed} of {len(ended)} images in use are not in the lower directory")
             return FAILURE
-        self.app.stdout.write(
-            f"{len(ended)} images are in use, and all are in the lower directory: it is safe to unmount basefs once no "
-            "file on it is open\n"
-        )
+        what = f"all {len(ended)} images in use are in the lower directory" if ended else "no image is in use"
+        self.app.stdout.write(f"{what}: it is safe to unmount basefs once no file on it is open\n")
         return 0
 
 

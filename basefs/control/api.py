@@ -61,7 +61,8 @@ class ServiceView(Protocol):
         """Make every image in use a file of the lower directory while the caller iterates.
 
         Yields about every PROGRESS_INTERVAL_S `image_id`, `base_name`, `size`, `cached_bytes`, `in_use`, `error`,
-        `state`; of each image the last one has the state `graduated`, or `failed`. Nothing where none is in use.
+        `state`; of each image the last one has the state `graduated`, or `failed`. The very last one has nothing but
+        the state `ended`: without it not every image was seen to.
 
         Raises:
             ControlError: images do not graduate here, or it is not known which are in use.

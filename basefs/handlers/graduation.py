@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+WHOLE = ("verified", "no_hash")
+"""What may become a file, see `WholeState`."""
 STEP_BYTES = 4 << 20
 """Checked or copied in one call in a thread: 4 ms to 40 ms, after which it may be cancelled."""
 LOOK_S = 0.5
@@ -138,7 +140,7 @@ class Graduator:
 
     async def _make(self, entry: ImageEntry) -> int:
         """The allocated bytes of the file."""
-        if entry.local.whole not in ("verified", "no_hash"):
+        if entry.local.whole not in WHOLE:
             raise errors.CacheError(f"it was not verified as a whole ({entry.local.whole})")
         if entry.local.shown_size is None and self._may_rename:
             allocated_bytes = await self._by_rename(entry)
@@ -285,6 +287,9 @@ class Graduator:
             await give_name()
             entry.local.is_graduated = True
 
+        await self._stored(
+            entry
+        )  # that it is whole: by that a file is known whose server was killed before it noted it
         await self._handler.hand_over(entry, fd, publish)
         await self._stored(entry)
 
@@ -314,11 +319,12 @@ class Graduator:
         if not is_there:
             self._graduated.gone(entry)
             return
-        was_complete = entry.size > 0 and entry.local.cached_bytes == entry.size
-        if was_complete and entry.local.whole in ("verified", "no_hash") and not entry.local.is_graduated:
-            entry.local.is_graduated = True  # killed between the name and the note of it
+        local = entry.local
+        was_whole = local.cached_bytes == entry.size > 0 and local.whole in WHOLE
+        if not local.is_graduated and (was_whole or self._graduated.get(entry.number) is not None):
+            local.is_graduated = True  # the server was killed between the name and the note of it
             await self._stored(entry)
-        if is_stored and entry.local.is_graduated:
+        if is_stored:
             await self._handler.drop_left_over(entry)
 
 

@@ -212,7 +212,8 @@ def _end_writers(names: list[str]) -> None:
 
 
 def _writes_to(pid: str, names: list[str]) -> bool:
-    if b"qemu-img" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+    arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    if all(os.path.basename(argument) != b"qemu-img" for argument in arguments):
         return False
     targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
     return any(os.path.basename(target).removesuffix(" (deleted)") in names for target in targets)

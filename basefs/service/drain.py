@@ -69,6 +69,7 @@ class Drain:
                     work.scope.cancel()
                 yield self._progress(entry, work)
             await self._see_overlays()
+        yield {"state": "ended"}
 
     async def _see_overlays(self) -> None:
         for _ in range(LOOKS_MAX):
