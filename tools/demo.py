@@ -46,13 +46,14 @@ class Story:
 
 
 def upload(story: Story, rig: Rig, guest: Guest, scratch: Path) -> str:
-    """Fill Glance: the guest's disk, a small raw image, and a qcow2 image, which nova will download by itself."""
+    """Fill Glance: the guest's disk, a small raw image, and a qcow2 image, which is shown as the disk in it."""
     story.step("Images go into Glance, by its API")
     small = rig.upload(os.urandom(1 << 20), "rescue-tools")
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(scratch / "q"), "1G"], check=True)
     stored = rig.upload(scratch / "q", "windows-qcow2", "qcow2")
     story.say(f"rescue-tools   {small}  raw, 1 MiB")
-    story.say(f"windows-qcow2  {stored}  qcow2: not shown as raw yet, nova downloads it as it always did")
+    stored_bytes = (scratch / "q").stat().st_size
+    story.say(f"windows-qcow2  {stored}  qcow2, {stored_bytes:,} bytes: shown as the raw disk of 1 GiB in it")
     image_id = rig.upload(guest.disk, "debian-12")
     size = guest.disk.stat().st_size
     story.say(f"debian-12      {image_id}  raw, {size / MB:,.0f} MB")

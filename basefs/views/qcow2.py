@@ -49,6 +49,7 @@ class Qcow2View:
         self._memory = memory
         self._slices = memory.slices
         self._clusters = clusters
+        self._last: tuple[int, Qcow2Layout | None, array[int]] = -1, None, _ALL_ZEROS
 
     @property
     def size(self) -> int:
@@ -66,17 +67,29 @@ class Qcow2View:
         if end - offset > HIT_BYTES_MAX:
             return None
         extents: list[Extent] = []
+        shift = layout.slice_shift
         try:
-            shift = layout.slice_shift
             for number in range(offset >> shift, (end - 1 >> shift) + 1):
-                table = self._slices.get((self._number, number))
+                last = self._last
+                table = last[2] if last[0] == number and last[1] is layout else self._table_of(layout, number)
                 if table is None:
                     return None
+                if (offset ^ end - 1) >> layout.cluster_bits == 0 and table:
+                    host = layout.plain_host(table, offset)
+                    if host:
+                        return self._stored_hit(host, end - offset)
                 begin = max(offset, number << shift)
                 extents += _extents(layout, table, begin, min(end, number + 1 << shift))
         except Qcow2TableError:  # `read` says so
             return None
         return self._hit_of(extents, end - offset)
+
+    def _table_of(self, layout: Qcow2Layout, number: int) -> "array[int] | None":
+        """The slice with this number, if it is in memory. Kept at hand: reads come in neighbourhoods."""
+        table = self._slices.get((self._number, number))
+        if table is not None:
+            self._last = number, layout, table
+        return table
 
     def _hit_of(self, extents: list[Extent], size: int) -> memoryview | bytes | None:
         if len(extents) == 1:

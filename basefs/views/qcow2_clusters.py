@@ -134,7 +134,5 @@ def _inflated(image_id: str, layout: Qcow2Layout, packed: list[tuple[int, bytes 
         try:
             clusters.append(inflate(raw, layout.cluster_bytes, layout.compression))
         except ValueError as exc:
-            raise errors.ImageDamagedError(
-                f"image {image_id}: byte {host} of the file: a compressed cluster: {exc}"
-            ) from exc
+            raise errors.ImageDamagedError(f"image {image_id}: the compressed cluster at byte {host}: {exc}") from exc
     return clusters

@@ -165,6 +165,7 @@ def images(tmp_path_factory):
     create("raw", "-f", "raw")
     create("qcow2", "-f", "qcow2")
     create("qcow2-v2", "-f", "qcow2", "-o", "compat=0.10")
+    create("qcow2-subclusters", "-f", "qcow2", "-o", "extended_l2=on")
     create("qcow2-backed", "-f", "qcow2", "-b", "raw", "-F", "raw")
     create("qcow2-data-file", "-f", "qcow2", "-o", "data_file=data,data_file_raw=on")
     create(
@@ -190,6 +191,7 @@ def images(tmp_path_factory):
 
 NOT_RAW = [
     *("qcow2", "qcow2-v2", "qcow2-backed", "qcow2-data-file", "qcow2-luks", "qcow2-unknown-feature", "luks", "qcow"),
+    "qcow2-subclusters",  # an unknown feature for the inspectors: nova refuses such an image, too
     *("qed", "vdi", "vpc", "vhdx", "vmdk", "parallels"),
     *("vmdk-streamOptimized", "vmdk-monolithicFlat", "vmdk-twoGbMaxExtentSparse"),
 ]

@@ -100,10 +100,29 @@ def test_second_boot_shares_the_base(site: MountedSite, raw_file: Path) -> None:
     assert second.glance_requests == []
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "compressed"])
+def test_first_boot_of_a_qcow2_image_puts_the_overlay_on_the_raw_disk_in_it(
+    site: MountedSite, raw_file: Path, tmp_path: Path, *, packed: bool
+) -> None:
+    file = tmp_path / "image"
+    convert = ["qemu-img", "convert", *(["-c"] if packed else []), "-f", "raw", "-O", "qcow2", raw_file, file]
+    subprocess.run(convert, check=True)
+    image_id = site.upload(file, "qcow2")
+    instance, answer = site.boot(image_id, disk_format="qcow2")
+    disk = answer.result["disks"]["disk"]
+    assert (disk["backing_file"], disk["backing_format"]) == (str(site.path(image_id)), "raw")
+    assert answer.downloads == []
+    assert not answer.opened(".part")
+    assert not answer.ran("qemu-img convert")
+    assert answer.complaints == []
+    assert site.path(image_id).stat().st_size == -(-raw_file.stat().st_size // 512) * 512
+    assert same_guest_bytes(raw_file, site.disk(instance), "qcow2")
+
+
 # -- what basefs hides, nova downloads
 
 
-@pytest.mark.parametrize("disk_format", ["qcow2", "vmdk"])
+@pytest.mark.parametrize("disk_format", ["vmdk"])
 def test_image_that_basefs_hides_is_downloaded_by_nova_into_the_lower_directory(
     site: MountedSite, raw_file: Path, request: pytest.FixtureRequest, disk_format: str
 ) -> None:

@@ -214,4 +214,10 @@ def test_a_qcow2_shown_as_stored_is_qcow2_and_its_overlay_reads_as_its_disk(
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"backing_file={path},backing_fmt=qcow2", overlay)
     compare = ("qemu-img", "compare", "-f", "qcow2", "-F", "raw", "-T", "none")
     assert "identical" in run(*compare, overlay, disk)
-    assert not mount.path(image_id).exists(), "where the raw view is promised, a qcow2 is left to nova"
+    # Over the same Glance, where the raw view is promised:
+    base, overlay = mount.path(image_id), tmp_path / "overlay-on-raw"
+    assert info_of(base)["format"] == "raw"
+    assert base.stat().st_size == disk.stat().st_size
+    create_overlay(base, overlay)
+    assert "identical" in run(*compare, overlay, disk)
+    assert "identical" in run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", "-T", "none", base, packed)

@@ -17,7 +17,9 @@ from tools.mount import BasefsMount
 
 pytestmark = pytest.mark.mount
 
-_ROW = re.compile(r"^\| (\w+) \| (\w+) \| (the stored bytes|refused) \| (the stored bytes|refused) \|$", re.MULTILINE)
+_ROW = re.compile(
+    r"^\| (\w+) \| (\w+) \| (the stored bytes|the disk in it|refused) \| (the stored bytes|refused) \|$", re.MULTILINE
+)
 ROWS = [row.groups() for row in _ROW.finditer(DOCUMENT.read_text(encoding="utf-8"))]
 RAW = Random(8).randbytes(300_000)
 
@@ -95,9 +97,13 @@ def shown(front: MisbehavingFront, mount: BasefsMount, image: str) -> str:
         assert report(mount, image)["state"] == "refused"
         assert report(mount, image)["refused_reason"]
         return "refused"
-    assert path.read_bytes() == front.glance.data[image]
     assert report(mount, image)["refused_reason"] is None
-    return "the stored bytes"
+    found = path.read_bytes()
+    assert report(mount, image)["shown_size"] == len(found) == path.stat().st_size
+    if found == front.glance.data[image]:
+        return "the stored bytes"
+    assert found == RAW + bytes(-len(RAW) % 512)
+    return "the disk in it"
 
 
 def test_the_table(front: MisbehavingFront, raw_view: BasefsMount, stored_view: BasefsMount) -> None:
@@ -154,6 +160,42 @@ def test_only_active_images(front: MisbehavingFront, raw_view: BasefsMount) -> N
     for image in sorted(front.glance.images):
         if image.startswith("is-"):
             assert shown(front, raw_view, image) == "refused"
+
+
+def test_qcow2_images_without_a_raw_view(front: MisbehavingFront, raw_view: BasefsMount, tmp_path: Path) -> None:
+    """[S1107] With `view = raw` a qcow2 image is refused that has a backing file, an external data file, encryption,
+    the mark of a corrupt one, or incompatible features that nobody knows.
+    """
+    secret = ("--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1")
+    for name, options in {
+        "backing": ("-u", "-b", "/etc/passwd", "-F", "raw"),
+        "data": ("-o", "data_file=of-its-own,data_file_raw=on"),
+        "encrypted": secret,
+        "plain": (),
+    }.items():
+        path = tmp_path / name
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, path, "1M"], check=True, cwd=tmp_path)
+    plain = (tmp_path / "plain").read_bytes()
+    images = {name: (tmp_path / name).read_bytes() for name in ("backing", "data", "encrypted")}
+    images |= {name: plain[:79] + bytes([bits]) + plain[80:] for name, bits in (("corrupt", 2), ("features", 64))}
+    for name, data in images.items():
+        image = front.glance.add(data, disk_format="qcow2")
+        assert shown(front, raw_view, image) == "refused"
+        assert name in raw_view.image(image)["refused_reason"]
+
+
+def test_a_disk_that_is_not_raw(front: MisbehavingFront, raw_view: BasefsMount, tmp_path: Path) -> None:
+    """[S1108] With `view = raw` a qcow2 image is refused whose disk qemu would not take for raw, such as a qcow2 in a
+    qcow2.
+    """
+    inner, outer = tmp_path / "inner", tmp_path / "outer"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", "/etc/passwd", "-F", "raw", inner, "1M"], check=True
+    )
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", inner, outer], check=True)
+    image = front.glance.add(outer.read_bytes(), disk_format="qcow2")
+    assert shown(front, raw_view, image) == "refused"
+    assert "the disk in it" in raw_view.image(image)["refused_reason"]
 
 
 def test_signed_images(front: MisbehavingFront, raw_view: BasefsMount, stored_view: BasefsMount) -> None:

@@ -241,6 +241,59 @@ def keeper_datagrams(_directory: Path) -> Target:
     return target
 
 
+def qcow2_images(directory: Path) -> Target:
+    """qcow2 files of qemu, and of other layouts: refused, or the same bytes each time, or damage that is told."""
+    import trio
+
+    from basefs import errors
+    from basefs.core.qcow2_header import qcow2_layout_of
+    from tests.views.conftest import entry_of, read, view_of
+    from tests.views.memory_stored import MemoryStored
+    from tests.views.qcow2_files import create, io
+    from tests.views.qcow2_writer import Cluster, Shape, Writer
+
+    kinds = [
+        Cluster(kind=kind, seed=seed)
+        for seed, kind in enumerate(("data", "packed", "zero", "zero-allocated", "absent"))
+    ]
+    shapes = [
+        Shape(cluster_bits=9),
+        Shape(cluster_bits=12, compression="zstd"),
+        Shape(cluster_bits=14, has_subclusters=True),
+    ]
+    files = [Writer(shape, kinds * 2).data for shape in shapes]
+    for options in (("cluster_size=512",), ("compat=0.10", "cluster_size=4k"), ("extended_l2=on", "cluster_size=16k")):
+        create(directory / "image", *options, size=1 << 16)
+        io(directory / "image", "write -P 1 4k 2k", "write -c -P 2 16k 16k", "write -z 40k 8k")
+        files.append((directory / "image").read_bytes())
+
+    async def check(data: bytes, size: int) -> None:
+        view = view_of(MemoryStored(data), entry_of(data))
+        answers = []
+        for offset, length in [(0, 1 << 16), (max(0, size - 5000), 5000), (5000, 3000), (0, 1 << 16), (5000, 3000)]:
+            try:
+                found = await read(view, offset, length)
+            except errors.ImageDamagedError:
+                answers.append(None)
+            else:
+                assert len(found) == max(0, min(length, size - offset))
+                answers.append(found)
+        assert answers[:1] + answers[2:3] == answers[3:], "cold and warm are the same"
+        if answers[0] is not None and answers[2] is not None:
+            assert answers[0][5000:8000] == answers[2]
+
+    def target(data: bytes) -> None:
+        file = spliced(files[data[0] % len(files)], data[1:]) if data else b""
+        try:
+            layout = qcow2_layout_of(file, stored_size=len(file))
+        except ValueError:
+            return
+        assert layout.l1_bytes <= len(file)
+        trio.run(check, file, layout.size)
+
+    return target
+
+
 TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
     "chunk-files": (chunk_files, [b"\0" * 8, b"\1\0\0\1\0\x08abcdefgh", b"\2\3\0\2\0\x10" + bytes(range(64))]),
     "state-database": (state_database, [b"\0" * 8, b"\1\0\x20\0\x04null", b'\2\0\x1f\0\x08{}[]12""']),
@@ -254,6 +307,17 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
             b"QFI\xfb" + bytes.fromhex("00000003 0000000000000070 00000028 00000010") + bytes(48) + b"a" * 40,
             b"QFI\xfb",
             b"\xff" * 72 + b"json:{" + b"0" * 40 + b"}",
+        ],
+    ),
+    "qcow2-images": (
+        qcow2_images,
+        [
+            *(bytes([which]) for which in range(6)),
+            *(bytes([which, 0, 0x48, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 2]) for which in range(6)),
+            *(
+                bytes([which, 1, 0, 6, 0, 8, 0x40]) + bytes(7) + bytes([1, 8, 2, 0, 8, 0x80, 0, 0, 0, 0, 0, 4, 0])
+                for which in range(6)
+            ),
         ],
     ),
     "metadata": (metadata, [b'{"id": "1", "status": "active", "size": 3}', b"2026-11-22T00:00:00Z", b"[" * 5000]),
