@@ -44,6 +44,10 @@ class ImageRefusedError(BasefsError):
     """The image is there but must not be shown (design section 4); the message is the reason."""
 
 
+class ImageQuarantinedError(BasefsError):
+    """The image's bytes do not have the hash that Glance tells; none of them is served."""
+
+
 # --- sources ---------------------------------------------------------------------------------------
 
 
@@ -82,6 +86,10 @@ class SourceCorruptError(SourceError):
 
     Nothing of it may be served.
     """
+
+
+class SourceHashError(SourceCorruptError):
+    """All bytes of an image came, and they do not have the hash that Glance tells."""
 
 
 class RangeNotHonouredError(SourceError):

@@ -8,7 +8,7 @@ IDLE_IMAGES_MAX are closed. An image whose chunk file cannot be opened is used w
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,9 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._removals: SingleFlight[int, int] = SingleFlight(services.nursery)
         self._removing: dict[int, trio.Event] = {}
         self._is_mending = False
-        self.warmer = Warmer(services.nursery, self._fetcher_of)
+        self.warmer = Warmer(services, self.checked_image)
+        self.uses_changed: Callable[[], None] = lambda: None
+        """Called when an image is opened, closed, or wanted; the hydrator's, once there is one."""
 
     async def init(self) -> None:
         """Make the chunk directory.
@@ -94,7 +96,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     @asynccontextmanager
     async def checked_image(self, entry: ImageEntry) -> AsyncIterator[ImageFetcher]:
-        """The image's fetcher for a check of what is here; an image that nobody uses is closed again."""
+        """The image's fetcher for work on what is here; an image that nobody uses is closed again."""
         was_prepared = entry.number in self._images
         image = await self.fetch_image(entry)
         try:
@@ -117,9 +119,6 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
     def fetchers(self) -> list[ImageFetcher]:
         """Those of the prepared images."""
         return [image.fetcher for image in self._images.values()]
-
-    async def _fetcher_of(self, entry: ImageEntry) -> ImageFetcher:
-        return (await self.fetch_image(entry)).fetcher
 
     async def _open(self, entry: ImageEntry) -> None:
         """Runs as a flight: one at a time for an image."""
@@ -195,6 +194,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
     def _note_use(self, entry: ImageEntry) -> None:
         entry.local.last_used_ns = time.time_ns()
         self._services.changed(entry)
+        self.uses_changed()
 
     def open_handles(self, entry: ImageEntry) -> int:
         """See the base class."""
@@ -235,8 +235,15 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
             del self._removing[entry.number]
             removed.set()
         entry.local.cached_bytes = 0
+        if entry.local.whole in ("verified", "no_hash"):
+            entry.local.whole = "unknown"
         self._services.changed(entry)
         return dropped
+
+    async def lift_quarantine(self, entry: ImageEntry) -> None:
+        """Drop what is here of a quarantined image, open or not, and begin anew with it."""
+        await (await self.fetch_image(entry)).fetcher.whole.lift()
+        self.uses_changed()
 
     async def keep_header(self, entry: ImageEntry, header: bytes) -> None:
         """See the base class."""
@@ -245,14 +252,21 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     def warm(self, entry: ImageEntry) -> None:
         """See the base class."""
-        self.warmer.keep(entry)
+        entry.local.is_wanted = True
+        self._services.changed(entry)
+        self.uses_changed()
 
     def is_warming(self, entry: ImageEntry) -> bool:
         """See the base class."""
         return self.warmer.is_warming(entry)
 
+    def is_hydrating(self, entry: ImageEntry) -> bool:
+        """See the base class."""
+        return self.warmer.is_hydrating(entry)
+
     async def close(self) -> None:
         """See the base class. Transfers are stopped; readers were answered before."""
+        await self.warmer.stop()
         while self._images:
             _, image = self._images.popitem()
             await image.fetcher.close()

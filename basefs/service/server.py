@@ -4,6 +4,7 @@ service nursery ............ lives as long as the mount
 ├─ state database writer
 ├─ catalog refresher
 ├─ flights: checks, transfers, warmings
+├─ hydrator
 ├─ control socket
 └─ FUSE session ............ its end is the service's end
 """
@@ -38,6 +39,7 @@ from basefs.handlers.gate import ServableGate
 from basefs.service import last_config
 from basefs.service.arguments import Arguments, option_texts, with_fixed
 from basefs.service.cache_parts import STREAMS_MAX, build_cache
+from basefs.service.hydration import build_hydrator
 from basefs.service.inherited import open_database, open_lower_tree, open_open_table
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
@@ -124,6 +126,11 @@ class Service:
             view=settings.view,
             verify_signatures=settings.verify_glance_signatures,
             header_bytes=settings.chunk_bytes,
+            require_verified=settings.require_verified,
+            is_in_use=lambda entry: bool(cache.uses.why_in_use(entry)),
+        )
+        hydrator = build_hydrator(
+            cache, catalog, gate, settings, self._access.endpoints.outage, lower_fd=self._arguments.lower_fd
         )
         view = View(
             catalog,
@@ -179,6 +186,7 @@ class Service:
                 await last_config.keep(self._channel, self._loaded)
                 nursery.start_soon(_serve_commands, view, listener)
                 nursery.start_soon(integrity.run)
+                nursery.start_soon(hydrator.run)
                 nursery.start_soon(run_metrics, metrics, listen_address(settings.metrics_listen))
         finally:
             listener.close()

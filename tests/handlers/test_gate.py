@@ -41,10 +41,13 @@ async def nursery() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
-def gate_over(source: MemorySource, handler: _Handler, nursery: trio.Nursery, view: str = "raw") -> ServableGate:
+def gate_over(
+    source: MemorySource, handler: _Handler, nursery: trio.Nursery, view: str = "raw", require_verified: bool = False
+) -> ServableGate:
     return ServableGate(
-        source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=65536
-    )  # type: ignore[arg-type]
+        source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=65536,
+        require_verified=require_verified, is_in_use=lambda entry: entry.local.pinned,
+    )  # fmt: skip  # type: ignore[arg-type]
 
 
 async def test_a_raw_image_is_let_through_and_its_header_is_kept(handler: _Handler, nursery: trio.Nursery) -> None:
