@@ -253,6 +253,7 @@ class WholeImage:
                 except errors.BasefsError as exc:
                     failures.append(exc)
                     all_work.cancel()
+                    return
 
         async with trio.open_nursery() as nursery:
             for _ in range(REFETCH_WORKERS):

@@ -69,7 +69,7 @@ class HydratedNode(Node):
     async def wait(self, condition: Callable[[], object], limit_s: float = 3600.0) -> None:
         """Until the condition holds, looked at whenever something of an image has changed."""
         with trio.fail_after(limit_s):
-            while not condition():
+            while not condition():  # some of what is waited for changes nothing of an image
                 with trio.move_on_after(LOOK_PAUSE_S):
                     await self.changed.wait()
 

@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import trio
 import trio.testing
 
 from basefs import errors
-from basefs.catalog.records import ImageEntry, Verdict
+from basefs.catalog.records import ImageEntry, Verdict, WholeState
 from basefs.handlers.gate import ServableGate
 from tests.cache.conftest import IMAGE_ID, make_entry
 from tests.cache.memory_source import MemorySource
@@ -145,3 +146,28 @@ async def test_a_deactivated_image_stays_for_those_who_used_it_here(handler: _Ha
     assert gate.verdict(entry).state == "refused"
     entry.local.used_at_ns = 1
     assert gate.verdict(entry).state == "servable"
+
+
+def whole_entry(whole: WholeState, *, pinned: bool = False) -> ImageEntry:
+    entry = make_entry(len(RAW))
+    entry.verdict = Verdict(state="servable")
+    entry.local.whole, entry.local.pinned = whole, pinned
+    return entry
+
+
+@pytest.mark.parametrize("require_verified", [False, True])
+@pytest.mark.parametrize("is_in_use", [False, True])
+@pytest.mark.parametrize("whole", get_args(WholeState))
+async def test_what_an_image_is_as_a_whole_hides_it_only_while_it_is_not_in_use(
+    whole: WholeState, is_in_use: bool, require_verified: bool, handler: _Handler, nursery: trio.Nursery
+) -> None:
+    gate = gate_over(MemorySource({}), handler, nursery, require_verified=require_verified)
+    entry = whole_entry(whole, pinned=is_in_use)
+    is_shown = is_in_use or (whole == "verified" if require_verified else whole != "quarantined")
+    assert (gate.verdict(entry).state == "servable") == is_shown
+    await gate.let_through(entry, deadline_s=5, for_warming=True)
+    if is_shown:
+        await gate.let_through(entry, deadline_s=5)
+    else:
+        with pytest.raises(errors.ImageRefusedError, match=r"basefs image|no hash"):
+            await gate.let_through(entry, deadline_s=5)
