@@ -48,6 +48,10 @@ class ImageDamagedError(BasefsError):
     """The image's own tables contradict themselves or its size; the message names the image and the byte."""
 
 
+class ImageQuarantinedError(BasefsError):
+    """The image's bytes do not have the hash that Glance tells; none of them is served."""
+
+
 # --- sources ---------------------------------------------------------------------------------------
 
 
@@ -86,6 +90,10 @@ class SourceCorruptError(SourceError):
 
     Nothing of it may be served.
     """
+
+
+class SourceHashError(SourceCorruptError):
+    """All bytes of an image came, and they do not have the hash that Glance tells."""
 
 
 class RangeNotHonouredError(SourceError):

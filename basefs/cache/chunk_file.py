@@ -136,6 +136,10 @@ class ChunkFile:
         """Stop serving chunk `index`."""
         self._ready[index] = NOT_READY
 
+    def mark_none_ready(self) -> None:
+        """Stop serving every chunk."""
+        self._ready[:] = bytes(len(self._ready))
+
     def age_all(self) -> None:
         """Have the next touch of each chunk take the slow path once, which notes it as recently used."""
         self._ready[:] = bytes(self._ready).translate(_AGED)
@@ -194,6 +198,15 @@ class ChunkFile:
             OSError, struct.error: the disk did not give them.
         """
         return struct.unpack(f"<{count}Q", os.pread(self._map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * first))
+
+    def has(self, chunks: range, data: memoryview) -> bool:
+        """Whether the checksums of `chunks` are those of `data`, which is as long as they are (thread)."""
+        step = self.header.chunk_bytes
+        found = tuple(checksum(data[at : at + step], self.seed) for at in range(0, len(data), step))
+        try:
+            return found == self.sums(chunks.start, len(chunks))
+        except (OSError, struct.error):
+            return False
 
     def write_piece(self, offset: int, piece: bytes) -> None:
         """Store the whole chunks in `piece` at chunk-aligned `offset`, then their checksums (thread).

@@ -36,6 +36,7 @@ class Deliveries:
         self._board = board
         self._flights = flights
         self._services = services
+        self._losses = ledger.losses
         self.gate = RetryGate(entry.image_id, services.jitter, services.outage)
 
     @property
@@ -113,6 +114,8 @@ class Deliveries:
 
     def note_failure(self, error: errors.BasefsError) -> None:
         """A transfer failed: the gate closes, or the image is a stream from now on."""
+        if isinstance(error, errors.SourceHashError):
+            return  # told, and acted upon, by WholeImage
         if isinstance(error, errors.RangeNotHonouredError):
             if not self.is_streamed:
                 log.warning("image %s: read as one stream from now on: %s", self._entry.image_id, error)
@@ -125,6 +128,12 @@ class Deliveries:
             self.gate.failed(error)
 
     def tell_size(self) -> None:
-        """Bring the entry's `cached_bytes` up to date."""
-        self._entry.local.cached_bytes = self._ledger.cached_bytes
+        """Bring the entry's `cached_bytes` up to date, and what is known of it as a whole."""
+        local = self._entry.local
+        local.cached_bytes = self._ledger.cached_bytes
+        # Also where what was lost is here again: it was not hashed.
+        is_other = self._ledger.losses > self._losses or local.cached_bytes < self._ledger.size
+        if is_other and local.whole in ("verified", "no_hash"):
+            local.whole = "unknown"
+        self._losses = self._ledger.losses
         self._services.changed(self._entry)

@@ -7,8 +7,10 @@ import trio
 
 from basefs.cache.disk_health import DiskHealth
 from basefs.cache.evictor import Evictor
+from basefs.cache.pace import Pace
 from basefs.cache.space import CacheSpace
 from basefs.cache.unstored import UnstoredChunks
+from basefs.cache.waiting_readers import WaitingReaders
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.outage import Outage
 from basefs.concurrency.priority_slots import PrioritySlots
@@ -22,6 +24,12 @@ class FetchCounters:
 
     damaged_chunks: int = 0
     """Cached chunks whose bytes did not fit their checksum; they were fetched again."""
+    hydrated_bytes: int = 0
+    """Fetched by hydration."""
+    verified_images: int = 0
+    """Images whose bytes had the hash that Glance tells."""
+    mismatches: int = 0
+    """Images whose bytes had another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +52,7 @@ class FetchServices:
     forget_pages: Callable[[ImageEntry], None] = lambda _entry: None
     """Have the kernel throw away what it keeps of the image: some of it was wrong."""
     outage: Outage = field(default_factory=Outage)
+    readers: WaitingReaders = field(default_factory=WaitingReaders)
+    pace: Pace = field(default_factory=Pace)
+    hashes: BlockingCalls = field(default_factory=lambda: BlockingCalls("hashes", threads_max=1))
+    """One at a time: hashing takes all of a core, which the guests may want."""

@@ -71,6 +71,23 @@ class ImageEviction:
         self._deliveries.tell_size()
         return evicted
 
+    async def discard(self) -> None:
+        """Drop every chunk, whoever has it in hand, and what is kept in memory: the image as a whole is wrong.
+
+        What is under way is stopped first, or it would write beside the drop. Readers are kept out by the seal.
+        """
+        while self._flights.under_way:
+            self._flights.stop()
+            await self._flights.wait_idle()
+        with self._flights.eviction():
+            self._services.unstored.forget(self.entry.number)
+            chunks = self._ledger.claim_all()
+            if chunks and self._ledger.file is not None:
+                await self._drop(chunks, image_inode(self.entry.number))
+            else:
+                self._ledger.evicted(chunks)
+        self._deliveries.tell_size()
+
     async def _drop(self, chunks: list[int], inode: int) -> bool:
         """Drop EVICTING chunks; whether the disk did it."""
         file = self._ledger.file

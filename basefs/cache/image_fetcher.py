@@ -22,6 +22,7 @@ from basefs.cache.ledger import STORED, ChunkLedger
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
+from basefs.cache.whole_image import WholeImage
 from basefs.catalog.records import ImageEntry
 from basefs.core.byte_ranges import chunk_span
 
@@ -56,9 +57,14 @@ class ImageFetcher:
         self._ledger = ChunkLedger(states, file, size=entry.size, chunk_bytes=chunk_bytes, age=age)
         self._flights = Flights(entry.image_id, services.nursery)
         self._deliveries = Deliveries(entry, self._ledger, self._board, self._flights, services)
-        self._transfers = ImageTransfers(entry, self._ledger, self._board, self._flights, self._deliveries, services)
-        self._verifier = ChunkVerifier(self._ledger, services.disk, self._damaged)
+        self._verifier = ChunkVerifier(self._ledger, services.disk, services.hashes, self._damaged)
         self.eviction = ImageEviction(entry, self._ledger, self._board, self._flights, self._deliveries, services)
+        self.whole = WholeImage(
+            entry, self._ledger, self._verifier, self.eviction, self._deliveries, services, self._bring
+        )
+        self._transfers = ImageTransfers(
+            entry, self._ledger, self._board, self._flights, self._deliveries, self.whole, services
+        )
         self._readers = 0
         self._no_readers = trio.Event()
         # With nothing to check the chunk file's own: a hit costs one call.
@@ -117,17 +123,17 @@ class ImageFetcher:
         """The chunk file, kept open and whole while the body runs.
 
         Raises:
-            CacheError: some bytes are missing, or one was found damaged while the body ran.
+            CacheError: some bytes are missing, or one was lost while the body ran.
         """
         with self._reader(range(len(self._ledger.states))):
             file = self._ledger.file
             if file is None:
                 raise errors.CacheError(f"image {self.entry.image_id}: it has no chunk file")
             self.check_whole()
-            damaged = self._services.counters.damaged_chunks
+            losses = self._ledger.losses
             yield file
-            if self._services.counters.damaged_chunks != damaged:  # perhaps another image's; it is tried again then
-                raise errors.CacheError(f"image {self.entry.image_id}: a cached chunk was damaged meanwhile")
+            if self._ledger.losses != losses:
+                raise errors.CacheError(f"image {self.entry.image_id}: a cached chunk was lost meanwhile")
 
     @property
     def is_streamed(self) -> bool:
@@ -137,7 +143,7 @@ class ImageFetcher:
     @property
     def is_busy(self) -> bool:
         """Whether a transfer is under way or a reader is inside."""
-        return self._flights.under_way > 0 or self._readers > 0
+        return self._flights.under_way > 0 or self._readers > 0 or self.whole.is_refetching
 
     async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
         """Exactly `[offset, offset + length)`; 0 <= offset, 0 < length, offset + length <= size.
@@ -147,6 +153,8 @@ class ImageFetcher:
 
         Raises:
             ImageNotFoundError: Glance has the image no more and the bytes are not here.
+            ImageQuarantinedError: the bytes are not those that Glance tells of: at once, or, while they are fetched
+                again, when the deadline came.
             SourceError: why the last try failed, when the deadline came.
             DeadlineExceededError: no try failed, and the bytes did not come in time.
         Cancellation: at any time; transfers under way go on.
@@ -165,12 +173,20 @@ class ImageFetcher:
     @contextmanager
     def _reader(self, span: range) -> Iterator[None]:
         """Keeps the chunk file open, and the chunks of `span` in it, while the body runs."""
+        with self.held():
+            self._ledger.hold(span)
+            try:
+                yield
+            finally:
+                self._ledger.release(span)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the chunk file open while the body runs; `close` waits for it."""
         self._readers += 1
-        self._ledger.hold(span)
         try:
             yield
         finally:
-            self._ledger.release(span)
             self._readers -= 1
             if not self._readers:
                 self._no_readers.set()
@@ -181,7 +197,14 @@ class ImageFetcher:
     ) -> bytes:
         """As `read`, without the deadline; `last_error` gets the failures that were waited through."""
         memory: dict[int, bytes | memoryview] = {}
+        seals = self.whole.seals
         while True:
+            if self.whole.is_sealed:
+                last_error[:] = [self.whole.quarantine_error()]
+                await self.whole.wait_open()
+            if seals != self.whole.seals:
+                memory.clear()
+                seals = self.whole.seals
             for marker, chunks in self._ledger.touch(span):
                 self._transfers.read_ahead(marker, chunks)
             memory |= await self._verifier.verify(span)
@@ -191,13 +214,14 @@ class ImageFetcher:
                 absent = [index for index in absent if index not in memory]
             if not absent:
                 data = await self._assemble(span, offset, length, memory)
-                if data is not None:
+                if data is not None and self.whole.seals == seals:
                     return data
             elif not self._deliveries.gate.is_open:
                 await self._deliveries.gate.wait()
             else:
                 try:
-                    memory |= await self._wait_for(absent)
+                    with self._services.readers.waiting():
+                        memory |= await self._wait_for(absent)
                 except errors.BasefsError as exc:
                     last_error[:] = [exc]
                     if not _may_pass(exc, patient=patient):
@@ -257,6 +281,7 @@ class ImageFetcher:
                 self._services.health.failed(exc)
         for index in span:
             self._ledger.lose(index)
+        self._deliveries.tell_size()
         return None
 
     async def check_disk(self, span: range) -> DiskCheck | None:
@@ -286,25 +311,40 @@ class ImageFetcher:
         )  # fmt: skip
         self._deliveries.tell_size()
 
-    async def fetch_background(self, bytes_max: int) -> bool:
-        """Bring something that is missing, at most `bytes_max`, at background priority; False when nothing is.
+    async def fetch_background(self, bytes_max: int) -> int:
+        """Bring something that is missing, at most `bytes_max`, at background priority; how many bytes that were.
 
-        A streamed image is brought whole.
+        Until `is_complete` it may be called again; 0 says that others brought something. A streamed image is brought
+        whole. One that is being fetched again, because its hash was wrong, is waited for.
 
         Raises:
             CacheError: what came could not be kept: the cache is full, or its disk fails.
             SourceError, ImageNotFoundError: the transfer failed.
+            ImageQuarantinedError: the image's bytes are not those that Glance tells of.
         """
+        await self.whole.wait_open()
+        return await self._bring(bytes_max)
+
+    async def _bring(self, bytes_max: int) -> int:
+        """As `fetch_background`, also while the image is sealed."""
         if not self.is_streamed:
-            return await self._transfers.background(max(1, bytes_max // self.chunk_bytes))
+            fetched = await self._transfers.background(max(1, bytes_max // self.chunk_bytes))
+            if not fetched:
+                await self._wait_for_others()
+            return fetched
+        missing = self.size - self._ledger.cached_bytes
+        if missing:
+            await self._services.readers.wait_none()
+            async with self._services.evictor.room(missing, background_for=self.entry.number) as room:
+                self._deliveries.check_storable(room, missing)
+            await self._transfers.stream_whole()
+        return missing
+
+    async def _wait_for_others(self) -> None:
+        """Return when what is on its way by others has come, or will not come by them."""
         absent = self._ledger.absent(range(len(self._ledger.states)))
-        if absent:
-            length = len(absent) * self.chunk_bytes
-            async with self._services.evictor.room(length, background_for=self.entry.number) as room:
-                self._deliveries.check_storable(room, length)
-            if await self._wait_for(absent, keeps=False):
-                raise errors.CacheError(f"image {self.entry.image_id}: it could not be kept")
-        return bool(absent)
+        if absent and await self._wait_for(absent, keeps=False):
+            raise errors.CacheError(f"image {self.entry.image_id}: it could not be kept")
 
     async def wait_retry(self) -> None:
         """Return when a try may be made after a failed one."""
@@ -337,6 +377,7 @@ class ImageFetcher:
     async def close(self) -> None:
         """Give the chunk file back once nothing is under way; transfers are stopped, readers waited for."""
         while self.is_busy:
+            await self.whole.close()
             self._flights.stop()
             await self._flights.wait_idle()
             if self._readers:

@@ -2,7 +2,8 @@
 
 One byte a chunk: MISSING; STORED (a checksum from an earlier life, not yet verified); READY; CLAIMED (one
 ranged flight fetches it); EVICTING (a thread drops it: it is MISSING, and may be claimed, only afterwards).
-`ready` in the chunk file is set for exactly the READY chunks.
+`ready` in the chunk file is set for exactly the READY chunks; for none while the image is sealed (its bytes as a
+whole turned out wrong).
 
 A second byte a chunk is its age: how many sweeps of the evictor have passed since it was last used, NO_AGE for
 exactly the chunks that are not here. A sweep sets `ready` to a value that makes the next hit fail once; the slow
@@ -36,6 +37,9 @@ class ChunkLedger:
         self._ages = bytearray(states.translate(_AGE_OF_STATE).replace(b"\0", bytes([min(age, AGE_MAX)])))
         self._markers: dict[int, int] = {}  # to the length of their window, in chunks
         self._held: dict[range, int] = {}
+        self.is_sealed = False
+        self.losses = 0
+        """Chunks that were here and were lost, so far."""
 
     def adopt(self, file: ChunkFile, states: bytearray, *, age: int = 0) -> None:
         """From now on there is a file, and what was in it before is STORED; what is on its way stays so."""
@@ -63,7 +67,7 @@ class ChunkLedger:
     def may_check_at_once(self, span: range) -> bool:
         """Whether all of `span` is in the chunk file, some of it not verified, and no marker is to be told."""
         states = self.states[span.start : span.stop]
-        if STORED not in states or states.strip(_IN_FILE):
+        if self.is_sealed or STORED not in states or states.strip(_IN_FILE):
             return False
         return not self._markers or not any(index in span for index in self._markers)
 
@@ -98,7 +102,10 @@ class ChunkLedger:
         self.states[index] = READY
         if state != STORED:  # to be verified is no use: scrubbing must not make all chunks equally recent
             self._ages[index] = 0
-        if self.file is not None:
+        self._show(index)
+
+    def _show(self, index: int) -> None:
+        if self.file is not None and not self.is_sealed:
             self.file.mark_ready(index, marker=index in self._markers, aged=self._ages[index] > 0)
 
     def not_stored(self, index: int) -> None:
@@ -114,6 +121,7 @@ class ChunkLedger:
     def _forget(self, index: int, state: int) -> None:
         self.states[index] = state
         self._ages[index] = NO_AGE
+        self.losses += 1
         if self.file is not None:
             self.file.mark_not_ready(index)
 
@@ -123,7 +131,7 @@ class ChunkLedger:
         """Note that `span` is used; the read-ahead markers in it, which are then unset, and their windows' lengths."""
         touched = [index for index in self._markers if index in span] if self._markers else []
         for index in touched:
-            if self.states[index] == READY and self.file is not None:
+            if self.states[index] == READY and self.file is not None and not self.is_sealed:
                 self.file.mark_ready(index)
         if self._ages[span.start : span.stop].strip(b"\0"):
             self._renew(span)
@@ -133,8 +141,8 @@ class ChunkLedger:
         for index in span:
             if 0 < self._ages[index] <= AGE_MAX:
                 self._ages[index] = 0
-                if self.states[index] == READY and self.file is not None:
-                    self.file.mark_ready(index, marker=index in self._markers)
+                if self.states[index] == READY:
+                    self._show(index)
 
     def sweep(self) -> bool:
         """Every chunk is one sweep older, until it is touched; whether any was used since the last sweep."""
@@ -153,6 +161,29 @@ class ChunkLedger:
         holders = self._held.pop(span)
         if holders > 1:
             self._held[span] = holders - 1
+
+    # --- the image as a whole ---------------------------------------------------------------------------
+
+    def seal(self) -> None:
+        """Serve nothing any more, whatever is here or comes."""
+        self.is_sealed = True
+        if self.file is not None:
+            self.file.mark_none_ready()
+
+    def unseal(self) -> None:
+        """Serve what is here again."""
+        self.is_sealed = False
+        for index, state in enumerate(self.states):
+            if state == READY:
+                self._show(index)
+
+    def claim_all(self) -> list[int]:
+        """Give every chunk that is here, held or not, to one who drops them: EVICTING, and `evicted` must follow."""
+        claimed = [index for index, state in enumerate(self.states) if state in (STORED, READY)]
+        for index in claimed:
+            self._forget(index, EVICTING)
+            self._markers.pop(index, None)
+        return claimed
 
     # --- eviction ---------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,6 +148,8 @@ class OverlayWatch:
         self._looked = trio.Event()
         self._wanted = trio.Event()
         self._told = ConditionLog(log, clock=trio.current_time)
+        self.looked: Callable[[], None] = lambda: None
+        """Called after each look; the hydrator's, once there is one."""
 
     @property
     def is_known(self) -> bool:
@@ -193,6 +195,7 @@ class OverlayWatch:
             )
         self._looked.set()
         self._looked = trio.Event()
+        self.looked()
 
 
 def _scan(instances_path: Path, mountpoint: Path) -> OverlayScan:

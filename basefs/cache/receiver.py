@@ -74,6 +74,8 @@ class Receiver:
         self._present = present
         self._not_stored = not_stored
         self.stop = False
+        self.is_same = True
+        """Whether every chunk in `present` was, by its checksum, what was taken for it."""
 
     def take(self, offset: int, piece: bytes) -> bool:
         """Store one piece of whole chunks and have the loop publish it; False when the transfer shall end.
@@ -89,7 +91,14 @@ class Receiver:
         for absent in runs(index for index in range(first, stop) if not self._is_present(index)):
             begin = absent.start * self._chunk_bytes - offset
             self._take(absent.start, piece[begin : begin + len(absent) * self._chunk_bytes])
+        for here in runs(index for index in range(first, stop) if self._is_present(index)):
+            begin = here.start * self._chunk_bytes - offset
+            self._compare(here, memoryview(piece)[begin : begin + len(here) * self._chunk_bytes])
         return not self.stop
+
+    def _compare(self, chunks: range, data: memoryview) -> None:
+        if self.is_same:
+            self.is_same = self._store is not None and self._store.file.has(chunks, data)
 
     def _is_present(self, index: int) -> bool:
         return index < len(self._present) and self._present[index] != 0

@@ -5,6 +5,7 @@ Invariants:
 - Each flight ends by settling what it claimed, whatever happens, so no waiter waits for a flight that is over.
 - Demand claims at once and waits for a slot after; read-ahead and background claim only with a slot in hand,
   so a reader never waits behind background work that has not begun.
+- No background transfer begins while a reader of any image waits for one.
 """
 
 import copy
@@ -18,8 +19,10 @@ from basefs.cache.ledger import ChunkLedger
 from basefs.cache.space import Room
 from basefs.cache.stream import ImageStream
 from basefs.cache.waiters import WaiterBoard
+from basefs.cache.whole_image import WholeImage
 from basefs.catalog.records import ImageEntry
-from basefs.core.readahead import ReadaheadPolicy, Window, window_ahead, window_for_miss
+from basefs.core.byte_ranges import longest_zero_run
+from basefs.core.readahead import MISSING, ReadaheadPolicy, Window, window_ahead, window_for_miss
 
 PIECE_BYTES_MAX = 1 << 20
 
@@ -34,6 +37,7 @@ class ImageTransfers:
         board: WaiterBoard,
         flights: Flights,
         deliveries: Deliveries,
+        whole: WholeImage,
         services: FetchServices,
     ) -> None:
         self._entry = entry
@@ -42,8 +46,9 @@ class ImageTransfers:
         self._flights = flights
         self._deliveries = deliveries
         self._services = services
-        self._stream = ImageStream(entry, ledger, board, flights, deliveries, services)
+        self._stream = ImageStream(entry, ledger, board, flights, deliveries, whole, services)
         self._policy = ReadaheadPolicy.for_chunks(ledger.chunk_bytes, services.request_bytes_max)
+        self._hole = range(0)
 
     # --- starting flights -------------------------------------------------------------------------------
 
@@ -70,30 +75,54 @@ class ImageTransfers:
         if not self._deliveries.is_streamed and self._deliveries.gate.is_open:
             self._flights.start(self._fly_ahead, marker, length)
 
-    async def background(self, chunks_max: int) -> bool:
-        """Fetch one run of at most `chunks_max` missing chunks at background priority; False when none is missing.
+    async def background(self, chunks_max: int) -> int:
+        """Fetch at most `chunks_max` chunks of the biggest hole, at background priority; how many bytes that were.
+
+        0 when nothing is missing but what is on its way. Waits as long as readers wait.
 
         Raises:
             CacheError: what came could not be kept.
             SourceError, ImageNotFoundError: the transfer failed.
         """
-        length = min(chunks_max * self._ledger.chunk_bytes, self._ledger.size)
-        async with (
-            self._services.slots.take(background=True),
-            self._services.evictor.room(length, background_for=self._entry.number) as room,
-        ):
-            states = self._ledger.states
-            index = states.find(b"\0")
-            if index < 0:
-                return False
-            self._deliveries.check_storable(room, length)
-            here = states[index : index + chunks_max]
-            chunks = range(index, index + len(here) - len(here.lstrip(b"\0")))
-            self._ledger.claim(Window(chunks, None))
-            error = await self._transfer(chunks, room)
+        services = self._services
+        while missing := min(chunks_max, self._ledger.states.count(MISSING)):
+            await services.readers.wait_none()
+            length = min(missing * self._ledger.chunk_bytes, self._ledger.size)
+            async with (
+                services.slots.take(background=True),
+                services.evictor.room(length, background_for=self._entry.number) as room,
+            ):
+                # A reader may have come meanwhile, and others may have claimed what was missing.
+                if services.readers.count or not (chunks := self._from_biggest_hole(chunks_max)):
+                    continue
+                self._deliveries.check_storable(room, length)
+                self._ledger.claim(Window(chunks, None))
+                error = await self._transfer(chunks, room)
+            if error is not None:
+                raise copy.copy(error)
+            return self._length(chunks)
+        return 0
+
+    def _from_biggest_hole(self, chunks_max: int) -> range:
+        """The next chunks to be fetched: a hole is filled to its end before the then biggest one is begun."""
+        states = self._ledger.states
+        if not self._hole or states[self._hole.start] != MISSING:
+            self._hole = longest_zero_run(states)
+        start, stop = self._hole.start, min(self._hole.stop, self._hole.start + chunks_max)
+        wanted = states[start:stop]
+        chunks = range(start, start + len(wanted) - len(wanted.lstrip(b"\0")))
+        self._hole = range(chunks.stop, self._hole.stop)
+        return chunks
+
+    async def stream_whole(self) -> None:
+        """Have the one stream of a streamed image run to its end, or join the one that runs.
+
+        Raises:
+            SourceError, ImageNotFoundError: it failed.
+        """
+        error = await self._stream.run_to_end()
         if error is not None:
             raise copy.copy(error)
-        return True
 
     # --- flights ----------------------------------------------------------------------------------------
 

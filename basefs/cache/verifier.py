@@ -13,6 +13,7 @@ from basefs.cache.direct_reader import damaged_on_disk
 from basefs.cache.ledger import ChunkLedger
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.byte_ranges import chunk_span, runs
+from basefs.sources.base import Hasher
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +21,12 @@ log = logging.getLogger(__name__)
 class ChunkVerifier:
     """Checks what `ledger` has as STORED. `damaged` is told how many chunks from which one on were not right."""
 
-    def __init__(self, ledger: ChunkLedger, disk: BlockingCalls, damaged: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, ledger: ChunkLedger, disk: BlockingCalls, hashes: BlockingCalls, damaged: Callable[[int, int], None]
+    ) -> None:
         self._ledger = ledger
         self._disk = disk
+        self._hashes = hashes
         self._damaged = damaged
 
     def hit(self, offset: int, size: int) -> memoryview | bytes | None:
@@ -84,6 +88,30 @@ class ChunkVerifier:
             self._damaged(lost[0], len(lost))
         return right
 
+    async def hash(self, span: range, hasher: Hasher) -> bool:
+        """Have `hasher` take the bytes of `span`, each checked against its checksum, so that they are what came.
+
+        False where not all of them are here and right: what is damaged is absent then.
+        """
+        file = self._ledger.file
+        if file is None or len(self._ledger.here(span)) < len(span):
+            return False
+        self._ledger.hold(span)
+        try:
+            right = await self._hashes.run(_hash_chunks, file, span, hasher)
+        finally:
+            self._ledger.release(span)
+        here = self._ledger.here(span)
+        lost = [index for index in here if index not in right]
+        for index in here:
+            if index in right:
+                self._ledger.stored(index)
+            else:
+                self._ledger.lose(index)
+        if lost:
+            self._damaged(lost[0], len(lost))
+        return len(here) - len(lost) == len(span)
+
     async def check_disk(self, span: range) -> list[int] | None:
         """The chunks of `span` that were damaged on the disk and are absent now; None when the file was closed.
 
@@ -109,6 +137,15 @@ class ChunkVerifier:
             except errors.CacheError as exc:
                 log.debug("checksums of damaged chunks stay: %s", exc)
         return lost
+
+
+def _hash_chunks(file: ChunkFile, span: range, hasher: Hasher) -> set[int]:
+    """In a thread: those of `span` that are right; only if all are, the hash is worth anything."""
+    chunks = file.verify(span.start, len(span))
+    for chunk in chunks:
+        if chunk is not None:
+            hasher.update(chunk)
+    return {index for index, chunk in zip(span, chunks, strict=True) if chunk is not None}
 
 
 def _right_chunks(file: ChunkFile, indexes: list[int]) -> dict[int, memoryview]:

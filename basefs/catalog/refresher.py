@@ -202,6 +202,7 @@ class CatalogRefresher:
         is_checked_again = was_refused and record.status != entry.record.status
         if not is_same_content(entry.record, record) or is_checked_again:
             entry.verdict = UNCHECKED
+            entry.local.whole = "unknown"  # also of one that is quarantined: it may have been mended
             self._store.touch(entry)
         entry.record = record
         self._set_gone(entry, is_gone=False)

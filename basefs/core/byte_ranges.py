@@ -55,3 +55,20 @@ def runs(indexes: Iterable[int]) -> Iterator[range]:
         stop = index + 1
     if start is not None and stop is not None:
         yield range(start, stop)
+
+
+def longest_zero_run(states: bytes | bytearray) -> range:
+    """Where the longest run of zero bytes is, the first one of several as long; empty where there is none.
+
+    A search by halves for its length, so that all loops are in C: 2-8 ms for the 327,680 chunks of 20 GiB, where a
+    regular expression took 30 ms for a map with every other chunk missing.
+    """
+    low, high = 0, states.count(0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if states.find(bytes(middle)) >= 0:
+            low = middle
+        else:
+            high = middle - 1
+    start = states.find(bytes(low)) if low else 0
+    return range(start, start + low)

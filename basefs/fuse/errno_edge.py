@@ -44,10 +44,13 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
     # ENOENT is the clean fallback: nova then downloads, checks and converts the image itself.
     errors.ImageRefusedError: errno.ENOENT,
     errors.ImageDamagedError: errno.EIO,
+    # Never ENOENT: whoever has it open, or an overlay on it, would take the base for deleted.
+    errors.ImageQuarantinedError: errno.EIO,
     errors.SourceError: errno.EIO,
     errors.SourceUnavailableError: errno.EIO,
     errors.SourceForbiddenError: errno.EIO,
     errors.SourceCorruptError: errno.EIO,
+    errors.SourceHashError: errno.EIO,
     errors.RangeNotHonouredError: errno.EIO,
     errors.CacheError: errno.EIO,
     errors.NoSuchEntryError: errno.ENOENT,

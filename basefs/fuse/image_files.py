@@ -305,6 +305,7 @@ class ImageFiles:
         """
         local = entry.local
         local.used_at_ns = local.mtime_ns = local.atime_ns = None
+        local.is_wanted = False
         await self._stored(entry)
         if local.pinned:
             return

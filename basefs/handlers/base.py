@@ -90,11 +90,15 @@ class TemplateImageHandler(ABC):
 
     @abstractmethod
     def warm(self, entry: ImageEntry) -> None:
-        """Begin to bring the whole image in the background (nova's pre-cache call)."""
+        """Have the whole image brought in the background (nova's pre-cache call), by this server or a later one."""
 
     @abstractmethod
     def is_warming(self, entry: ImageEntry) -> bool:
-        """Whether the whole image is being brought."""
+        """Whether the whole image is being brought on request."""
+
+    @abstractmethod
+    def is_hydrating(self, entry: ImageEntry) -> bool:
+        """Whether the whole image is being brought because it is in use."""
 
     @abstractmethod
     async def close(self) -> None:

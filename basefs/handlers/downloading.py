@@ -81,7 +81,9 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._removals: SingleFlight[int, int] = SingleFlight(services.nursery)
         self._removing: dict[int, trio.Event] = {}
         self._is_mending = False
-        self.warmer = Warmer(services.nursery, self._fetcher_of)
+        self.warmer = Warmer(services, self.checked_image)
+        self.uses_changed: Callable[[], None] = lambda: None
+        """Called when an image is opened, closed, or wanted; the hydrator's, once there is one."""
 
     async def init(self) -> None:
         """Make the chunk directory.
@@ -129,7 +131,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     @asynccontextmanager
     async def checked_image(self, entry: ImageEntry) -> AsyncIterator[ImageFetcher]:
-        """The image's fetcher for a check of what is here; an image that nobody uses is closed again."""
+        """The image's fetcher for work on what is here; an image that nobody uses is closed again."""
         was_prepared = entry.number in self._images
         image = await self.downloaded_image(entry)
         try:
@@ -152,9 +154,6 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
     def fetchers(self) -> list[ImageFetcher]:
         """Those of the prepared images."""
         return [image.fetcher for image in self._images.values()]
-
-    async def _fetcher_of(self, entry: ImageEntry) -> ImageFetcher:
-        return (await self.downloaded_image(entry)).fetcher
 
     async def _open(self, entry: ImageEntry) -> None:
         """Runs as a flight: one at a time for an image."""
@@ -231,6 +230,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
     def _note_use(self, entry: ImageEntry) -> None:
         entry.local.last_used_ns = time.time_ns()
         self._services.changed(entry)
+        self.uses_changed()
 
     def open_handles(self, entry: ImageEntry) -> int:
         """See the base class."""
@@ -289,6 +289,8 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         await self._services.disk.run(self._services.space.forget, inode)
         self._services.unstored.forget(entry.number)
         entry.local.cached_bytes = 0
+        if entry.local.whole in ("verified", "no_hash"):
+            entry.local.whole = "unknown"
         self._services.changed(entry)
 
     async def is_lazy_again(self, entry: ImageEntry) -> bool:
@@ -336,6 +338,11 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         if not self.open_handles(entry):
             await self._graduated.close(entry.number)
 
+    async def lift_quarantine(self, entry: ImageEntry) -> None:
+        """Drop what is here of a quarantined image, open or not, and begin anew with it."""
+        await (await self.downloaded_image(entry)).fetcher.whole.lift()
+        self.uses_changed()
+
     async def keep_header(self, entry: ImageEntry, header: bytes) -> None:
         """See the base class."""
         image = await self.downloaded_image(entry)
@@ -343,14 +350,21 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
 
     def warm(self, entry: ImageEntry) -> None:
         """See the base class."""
-        self.warmer.keep(entry)
+        entry.local.is_wanted = True
+        self._services.changed(entry)
+        self.uses_changed()
 
     def is_warming(self, entry: ImageEntry) -> bool:
         """See the base class."""
         return self.warmer.is_warming(entry)
 
+    def is_hydrating(self, entry: ImageEntry) -> bool:
+        """See the base class."""
+        return self.warmer.is_hydrating(entry)
+
     async def close(self) -> None:
         """See the base class. Transfers are stopped; readers were answered before."""
+        await self.warmer.stop()
         while self._images:
             _, image = self._images.popitem()
             await image.fetcher.close()

@@ -41,12 +41,16 @@ class ServableGate:
         view: View,
         verify_signatures: bool,
         header_bytes: int,
+        require_verified: bool,
+        is_in_use: Callable[[ImageEntry], bool],
     ) -> None:
         self._source = source
         self._handler = handler
         self._changed = changed
         self._view = view
         self._verify_signatures = verify_signatures
+        self._require_verified = require_verified
+        self._is_in_use = is_in_use
         self._header_bytes = max(HEADER_BYTES, header_bytes)
         self._checks: SingleFlight[int, None] = SingleFlight(nursery)
         self._inspections = BlockingCalls("inspections", threads_max=2)
@@ -55,6 +59,23 @@ class ServableGate:
 
     def verdict(self, entry: ImageEntry) -> Verdict:
         """What is known now, without asking anybody; `unchecked` when the content was not looked at yet."""
+        verdict = self._checked(entry)
+        reason = None if verdict.state == "refused" else self._hidden_reason(entry)
+        return verdict if reason is None else Verdict(state="refused", reason=reason)
+
+    def _hidden_reason(self, entry: ImageEntry) -> str | None:
+        """Why an image that passes the checks is hidden as long as it is not in use: what it is as a whole."""
+        whole = entry.local.whole
+        is_shown = whole == "verified" if self._require_verified else whole != "quarantined"
+        if is_shown or self._is_in_use(entry):
+            return None
+        if whole == "quarantined":
+            return "its bytes, fetched twice, did not have the hash that Glance tells (basefs image evict ends that)"
+        if whole == "no_hash":
+            return "require_verified is set, and Glance tells no hash of it"
+        return "require_verified is set, and it is not verified here (basefs image warm brings it)"
+
+    def _checked(self, entry: ImageEntry) -> Verdict:
         record = entry.record
         if entry.is_gone and not self._is_kept(entry):
             return Verdict(state="refused", reason="Glance has no such image any more")
@@ -89,8 +110,8 @@ class ServableGate:
     def _is_kept(self, entry: ImageEntry) -> bool:
         return entry.size > 0 and entry.local.cached_bytes == entry.size
 
-    async def let_through(self, entry: ImageEntry, *, deadline_s: float) -> None:
-        """Return if the image may be shown.
+    async def let_through(self, entry: ImageEntry, *, deadline_s: float, for_warming: bool = False) -> None:
+        """Return if the image may be shown; `for_warming`: if it may be brought here, which it may need first.
 
         Raises:
             ImageRefusedError: it must not be shown; the name is to be answered with ENOENT, so nova
@@ -98,11 +119,12 @@ class ServableGate:
             SourceUnavailableError, DeadlineExceededError: that could not be found out now.
         Cancellation: ends this wait only; a check under way goes on.
         """
-        verdict = self.verdict(entry)
+        known = self._checked if for_warming else self.verdict
+        verdict = known(entry)
         if verdict.state == "unchecked":
             with trio.move_on_after(deadline_s):
                 await self._checks.run(entry.number, lambda: self._check(entry, deadline_s))
-            verdict = self.verdict(entry)
+            verdict = known(entry)
         if verdict.state == "refused":
             self._log_once(entry, verdict.reason or "refused")
             raise errors.ImageRefusedError(f"image {entry.image_id}: {verdict.reason}")

@@ -140,8 +140,7 @@ class Graduator:
 
     async def _make(self, entry: ImageEntry) -> int:
         """The allocated bytes of the file."""
-        if entry.local.whole not in WHOLE:
-            raise errors.CacheError(f"it was not verified as a whole ({entry.local.whole})")
+        _check_verified(entry)
         if entry.local.shown_size is None and self._may_rename:
             allocated_bytes = await self._by_rename(entry)
             if allocated_bytes is not None:
@@ -284,6 +283,7 @@ class Graduator:
         """Move the readers over to the finished file behind `fd`, and give it its name."""
 
         async def publish() -> None:
+            _check_verified(entry)  # of the very chunks that are here: losing one ends it
             await give_name()
             entry.local.is_graduated = True
 
@@ -326,6 +326,11 @@ class Graduator:
             await self._stored(entry)
         if is_stored:
             await self._handler.drop_left_over(entry)
+
+
+def _check_verified(entry: ImageEntry) -> None:
+    if entry.local.whole not in WHOLE:
+        raise errors.CacheError(f"it was not verified as a whole ({entry.local.whole})")
 
 
 def _is_second(error: errors.BasefsError) -> bool:

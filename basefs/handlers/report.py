@@ -7,24 +7,35 @@ from basefs.handlers.base import TemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.uses import ImageUses
 
-ImageState = Literal["refused", "unchecked", "cold", "partial", "warming", "complete", "graduated"]
+ImageState = Literal[
+    "quarantined", "refused", "refetching", "warming", "hydrating", "verified", "complete", "unchecked", "partial",
+    "cold", "graduated",
+]  # fmt: skip
 
 
 def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler) -> ImageState:
     """One word for where the image stands on this node.
 
     `cold`: nothing here but perhaps the header; `partial`: some was read; `complete`: every byte is here;
+    `verified`: and they have the hash that Glance tells; `refetching`, `quarantined`: they had another;
     `graduated`: it became a file of the lower directory, nova's own.
     """
     if entry.local.is_graduated:
         return "graduated"
+    whole = entry.local.whole
+    if whole == "quarantined":
+        return "quarantined"
     verdict = gate.verdict(entry)
-    if verdict.state == "refused":
+    if verdict.state == "refused" and not handler.is_warming(entry):
         return "refused"
+    if whole == "refetching":
+        return "refetching"
     if handler.is_warming(entry):
         return "warming"
+    if handler.is_hydrating(entry) or entry.local.is_wanted:
+        return "hydrating"
     if entry.size and entry.local.cached_bytes == entry.size:
-        return "complete"
+        return "verified" if whole == "verified" else "complete"
     if verdict.state == "unchecked":
         return "unchecked"
     return "partial" if entry.local.used_at_ns is not None else "cold"
@@ -48,6 +59,7 @@ def image_report(
         "cached_bytes": local.cached_bytes,
         "fetched_bytes": local.fetched_bytes,
         "state": image_state(entry, gate, handler),
+        "whole": local.whole,
         "handler": handler.name,
         "source": local.source_kind,
         "source_reason": local.source_reason,

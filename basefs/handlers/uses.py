@@ -1,4 +1,4 @@
-"""Why images are in use: open, pinned, or behind an overlay. The evictor leaves those for last."""
+"""Why images are in use: open, pinned, wanted, or behind an overlay. The evictor leaves those for last."""
 
 from basefs.cache.overlays import OverlayWatch
 from basefs.catalog.records import ImageEntry
@@ -20,6 +20,8 @@ class ImageUses:
             reasons.append(f"open ({handles} handles)" if handles > 1 else "open")
         if entry.local.pinned:
             reasons.append("pinned")
+        if entry.local.is_wanted:
+            reasons.append("wanted by nova's pre-cache")
         reasons += [f"base of {overlay}" for overlay in self.overlays.users(entry.base_name)]
         if not self.overlays.is_known and entry.local.used_at_ns is not None:
             reasons.append("used here, and its overlays are not known yet")

@@ -13,6 +13,7 @@ from basefs.cache.disk_health import DISK_RETRY_S, DiskHealth
 from basefs.cache.evictor import EvictionCounters, Evictor
 from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.overlays import OverlayWatch
+from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits, CacheSpace
 from basefs.cache.unstored import UnstoredChunks
 from basefs.catalog.glance_catalog import Catalog
@@ -111,6 +112,7 @@ async def build_cache(
         unstored=UnstoredChunks(),
         outage=outage,
         forget_pages=forget,
+        pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),
     )
     handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views, graduated=graduated)
     known = {entry.number for entry in catalog.entries()}

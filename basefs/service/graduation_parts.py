@@ -1,11 +1,7 @@
 """The graduator over the service's objects."""
 
-import hashlib
-import os
-
 import trio
 
-from basefs import errors
 from basefs.cache.state_db import StateDatabase
 from basefs.catalog.records import ImageEntry
 from basefs.config import Settings
@@ -51,27 +47,3 @@ def build_graduator(
         shown=shown,
         stored=database.stored,
     )
-
-
-async def complete(handler: DownloadingTemplateImageHandler, entry: ImageEntry) -> None:
-    """Bring and verify all of the image. BasefsError: why it cannot be had."""
-    async with handler.warmer.hold(entry) as warming:
-        await warming.done.wait()
-    if warming.error is not None:
-        raise warming.error
-    record = entry.record
-    with (await handler.downloaded_image(entry)).fetcher.whole_file() as file:
-        if record.os_hash_algo is None:
-            entry.local.whole = "no_hash"
-        elif await trio.to_thread.run_sync(_hash_of, file.data_fd, record.os_hash_algo) == record.os_hash_value:
-            entry.local.whole = "verified"
-        else:
-            raise errors.SourceCorruptError(f"image {entry.image_id}: its hash is not that which Glance tells")
-
-
-def _hash_of(fd: int, algorithm: str) -> str:
-    digest, offset = hashlib.new(algorithm), 0
-    while data := os.pread(fd, 1 << 20, offset):
-        digest.update(data)
-        offset += len(data)
-    return digest.hexdigest()

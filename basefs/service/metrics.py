@@ -20,6 +20,7 @@ from basefs.core.histogram import DurationHistogram
 from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
+from basefs.handlers.graduation import Graduator
 from basefs.log_writer import LogWriter
 from basefs.service.cache_parts import CacheParts
 from basefs.service.integrity import Integrity
@@ -79,6 +80,7 @@ class MetricsParts:
     channel: KeeperChannel
     cache: CacheParts
     integrity: Integrity
+    graduator: Graduator
     is_serving: Callable[[], bool]
 
 
@@ -99,7 +101,14 @@ class Metrics:
 
     def take(self) -> list[Sample]:
         """All samples as they are now; nothing in them changes any more."""
-        return [*self._server(), *self._requests(), *self._cache(), *self._glance(), *self._images()]
+        return [
+            *self._server(),
+            *self._requests(),
+            *self._cache(),
+            *self._graduation(),
+            *self._glance(),
+            *self._images(),
+        ]
 
     def _server(self) -> Iterator[Sample]:
         parts = self._parts
@@ -154,6 +163,12 @@ class Metrics:
         yield "basefs_cache_evicted_images_total", (), evicted.images
         yield "basefs_cache_unstored_bytes_total", (), evicted.unstored_bytes
 
+    def _graduation(self) -> Iterator[Sample]:
+        counters = self._parts.graduator.counters
+        yield "basefs_graduations_total", (), counters.images
+        yield "basefs_graduation_failures_total", (), counters.failures
+        yield "basefs_graduated_bytes_total", (), counters.bytes
+
     def _glance(self) -> Iterator[Sample]:
         parts = self._parts
         http = parts.access.session.stats
@@ -180,6 +195,7 @@ class Metrics:
         yield "basefs_images", ("refused",), sum(1 for entry in entries if gate.verdict(entry).state == "refused")
         yield "basefs_images", ("open",), len(handles)
         yield "basefs_images", ("used_here",), len(used)
+        yield "basefs_images", ("graduated",), sum(1 for entry in entries if entry.local.is_graduated)
         yield "basefs_open_handles", (), sum(handles.values())
         for entry in used[:IMAGES_MAX]:
             labels = (entry.image_id,)

@@ -59,6 +59,11 @@ _CACHE = (
     Metric("basefs_scrub_round_timestamp_seconds", "gauge", "When the scrub last came to the end of all images."),
     Metric("basefs_cache_damaged_chunks_total", "counter", "Chunks that did not fit their checksum; fetched again."),
 )
+_GRADUATION = (
+    Metric("basefs_graduations_total", "counter", "Images that became files of the lower directory."),
+    Metric("basefs_graduation_failures_total", "counter", "Tries at that which failed; each is made again."),
+    Metric("basefs_graduated_bytes_total", "counter", "Bytes in those files, in allocated blocks."),
+)
 _GLANCE = (
     Metric(
         "basefs_glance_requests_total",
@@ -80,4 +85,6 @@ _IMAGES = (
     Metric("basefs_image_cached_bytes", "gauge", "Bytes of an image that are here.", ("image_id",)),
     Metric("basefs_image_open_handles", "gauge", "Handles on an image.", ("image_id",)),
 )
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*_SERVER, *_REQUESTS, *_CACHE, *_GLANCE, *_IMAGES)}
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (*_SERVER, *_REQUESTS, *_CACHE, *_GRADUATION, *_GLANCE, *_IMAGES)
+}

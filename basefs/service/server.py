@@ -4,6 +4,7 @@ service nursery ............ lives as long as the mount
 ├─ state database writer
 ├─ catalog refresher
 ├─ flights: checks, transfers, warmings
+├─ hydrator
 ├─ control socket
 └─ FUSE session ............ its end is the service's end
 """
@@ -15,7 +16,6 @@ import os
 import pwd
 import threading
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 import trio
 
@@ -41,7 +41,8 @@ from basefs.service import last_config
 from basefs.service.arguments import Arguments, option_texts, with_fixed
 from basefs.service.cache_parts import STREAMS_MAX, build_cache
 from basefs.service.drain import Drain
-from basefs.service.graduation_parts import build_graduator, complete
+from basefs.service.graduation_parts import build_graduator
+from basefs.service.hydration import build_hydrator
 from basefs.service.inherited import open_database, open_graduated, open_lower_tree, open_open_table
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
@@ -130,6 +131,8 @@ class Service:
             view=settings.view,
             verify_signatures=settings.verify_glance_signatures,
             header_bytes=settings.chunk_bytes,
+            require_verified=settings.require_verified,
+            is_in_use=lambda entry: bool(cache.uses.why_in_use(entry)),
         )
         view = View(
             catalog,
@@ -150,7 +153,8 @@ class Service:
         nursery.start_soon(images.remove_left_over)
         graduator = build_graduator(nursery, handler, graduated, images, database, settings)
         nursery.start_soon(graduator.tidy_up, catalog.entries)
-        view.drains = Drain(catalog, cache.uses, graduator, nursery, complete=partial(complete, handler))
+        hydrator = build_hydrator(cache, catalog, gate, settings, self._access.endpoints.outage, graduation=graduator)
+        view.drains = Drain(catalog, cache.uses, graduator, nursery, complete=hydrator.complete)
         virtual = VirtualTree(catalog, images, view.status, view.report, self._channel)
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
@@ -168,6 +172,7 @@ class Service:
                 channel=self._channel,
                 cache=cache,
                 integrity=integrity,
+                graduator=graduator,
                 is_serving=lambda: view.state == "serving",
             )
         )
@@ -188,6 +193,7 @@ class Service:
                 await last_config.keep(self._channel, self._loaded)
                 nursery.start_soon(_serve_commands, view, listener)
                 nursery.start_soon(integrity.run)
+                nursery.start_soon(hydrator.run)
                 nursery.start_soon(run_metrics, metrics, listen_address(settings.metrics_listen))
         finally:
             listener.close()

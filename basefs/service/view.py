@@ -79,6 +79,10 @@ class View:
             "images_in_use": sum(1 for entry in entries if self._cache.uses.why_in_use(entry)),
             "images_graduated": sum(1 for entry in entries if entry.local.is_graduated),
             "images_pinned": sum(1 for entry in entries if entry.local.pinned),
+            "images_hydrating": self._handler.warmer.hydrating,
+            "images_verified": sum(1 for entry in entries if entry.local.whole == "verified"),
+            "images_quarantined": sum(1 for entry in entries if entry.local.whole == "quarantined"),
+            "hydrated_bytes": self._counters.hydrated_bytes,
             "open_handles": sum(self._handler.open_handles(entry) for entry in entries),
             "fetched_bytes": self._source.received_bytes,
             "fetch_requests": self._source.requests,
@@ -116,6 +120,9 @@ class View:
     async def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
         """See `ServiceView.warm`."""
         entry = await self._warmable(ref)
+        if entry.local.is_graduated:  # all of it is here, and nova's own
+            yield self._progress(entry) | {"cached_bytes": entry.size, "state": "complete"}
+            return
         async with self._handler.warmer.hold(entry) as warming:
             while not warming.done.is_set():
                 yield self._progress(entry)
@@ -129,12 +136,13 @@ class View:
     async def start_warm(self, ref: str) -> dict[str, Any]:
         """See `ServiceView.start_warm`."""
         entry = await self._warmable(ref)
-        self._handler.warmer.keep(entry)
+        if not entry.local.is_graduated:
+            self._handler.warmer.keep(entry)
         return self._progress(entry)
 
     async def _warmable(self, ref: str) -> ImageEntry:
         entry = self._catalog.find(ref)
-        await self._gate.let_through(entry, deadline_s=self._check_deadline_s)
+        await self._gate.let_through(entry, deadline_s=self._check_deadline_s, for_warming=True)
         if entry.local.used_at_ns is None:
             entry.local.used_at_ns = time.time_ns()
             self._catalog.touch(entry)
@@ -162,11 +170,15 @@ class View:
         """See `ServiceView.evict`."""
         entry = self._catalog.find(ref)
         handles = self._handler.open_handles(entry)
-        if handles:
+        if entry.local.whole == "quarantined":
+            await self._handler.lift_quarantine(entry)
+        elif handles:
             raise errors.ImageBusyError(f"image {entry.image_id} is open ({handles} handles); its bytes are kept")
-        if entry.local.pinned:
+        elif entry.local.pinned:
             raise errors.ImageBusyError(f"image {entry.image_id} is pinned; its bytes are kept (basefs image unpin)")
-        entry.local.used_at_ns = entry.local.mtime_ns = entry.local.atime_ns = None
+        if not handles:
+            entry.local.used_at_ns = entry.local.mtime_ns = entry.local.atime_ns = None
+            entry.local.is_wanted = False
         return {"image_id": entry.image_id, "evicted_bytes": await self._handler.remove_image(entry)}
 
     def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
@@ -174,4 +186,5 @@ class View:
         entry = self._catalog.find(ref)
         entry.local.pinned = pinned
         self._catalog.touch(entry)
+        self._handler.uses_changed()
         return {"image_id": entry.image_id, "pinned": pinned}

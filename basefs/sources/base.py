@@ -4,6 +4,7 @@ A source delivers bytes in pieces while the request is still under way, so that 
 as *its* bytes are down. Pieces are delivered in the fetch thread; a receiver must be thread-safe.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,6 +21,31 @@ class Digest:
 
     algorithm: str
     value: str
+
+    def is_of(self, hasher: "Hasher") -> bool:
+        """Whether that is what was hashed."""
+        return hasher.hexdigest() == self.value.lower()
+
+
+class Hasher(Protocol):
+    """One of hashlib's objects."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Hash `data`, too. Releases the GIL for more than 2 KiB."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The hash of all that, in lower-case hex."""
+        ...
+
+
+def new_hasher(algorithm: str) -> Hasher | None:
+    """A hasher; None where this Python has no such algorithm, or its hash has no length of its own."""
+    try:
+        hasher = hashlib.new(algorithm, usedforsecurity=False)
+    except ValueError:
+        return None
+    return hasher if hasher.digest_size else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +98,7 @@ class ImageSource(Protocol):
         """Deliver the whole image from byte 0 in order by one plain GET, and check its length and `digest`.
 
         Returns early, without a check, when `deliver` says False. A body that ends early is a
-        SourceUnavailableError; one that is too long or hashes wrongly is a SourceCorruptError, raised
-        after its pieces were delivered: the receiver drops them.
+        SourceUnavailableError; one that is too long is a SourceCorruptError, one that hashes wrongly
+        a SourceHashError, raised after its pieces were delivered: the receiver drops them.
         """
         ...

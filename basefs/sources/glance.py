@@ -4,7 +4,6 @@ A 206 proves nothing by itself: status, Content-Range and the number of bytes ar
 piece is delivered. There is no retry here; whoever wants the bytes knows how long it may wait.
 """
 
-import hashlib
 import http
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.byte_ranges import range_header
 from basefs.sources.access import GlanceAccess
-from basefs.sources.base import Deliver, Digest, ProbeResult
+from basefs.sources.base import Deliver, Digest, ProbeResult, new_hasher
 from basefs.sources.bodies import Pace, check_content_range, content_length
 from basefs.sources.exchange import current_exchange
 from basefs.sources.http_errors import error_of_status, retry_after_s, text_of_body, translated
@@ -117,9 +116,7 @@ class GlanceSource:
         self, image_id: str, size: int, piece_bytes: int, digest: Digest | None, deliver: Deliver
     ) -> None:
         what = f"image {image_id}"
-        hasher = None
-        if digest is not None and digest.algorithm in hashlib.algorithms_available:
-            hasher = hashlib.new(digest.algorithm, usedforsecurity=False)
+        hasher = None if digest is None else new_hasher(digest.algorithm)
         with self._gone_only_if_confirmed(image_id), closing(self._get_whole(image_id, size)) as response:
             offset = 0
             for piece in self._pieces(response, what, size, piece_bytes):
@@ -130,8 +127,8 @@ class GlanceSource:
                 offset += len(piece)
             if self._read(response, what, 1):
                 raise errors.SourceCorruptError(f"{what}: Glance sends more than the {size} bytes of the image")
-        if hasher is not None and digest is not None and hasher.hexdigest() != digest.value:
-            raise errors.SourceCorruptError(f"{what}: the bytes do not have the {digest.algorithm} that Glance states")
+        if hasher is not None and digest is not None and not digest.is_of(hasher):
+            raise errors.SourceHashError(f"{what}: the bytes do not have the {digest.algorithm} that Glance states")
 
     @contextmanager
     def _gone_only_if_confirmed(self, image_id: str) -> Iterator[None]:

@@ -24,6 +24,9 @@ class MemorySource:
     """While set, requests wait for it before the first byte."""
     in_thread: bool = True
     before_piece: Callable[[int], None] | None = None
+    lie_at: int = 0
+    lies: int = 0
+    """So many times the byte at `lie_at` is delivered wrong."""
 
     def _data(self, image_id: str) -> bytes:
         try:
@@ -70,9 +73,13 @@ class MemorySource:
         if self.hold is not None:
             await self.hold.wait()
         fault = self.faults.pop(0) if self.faults else None
+        lies = self.lies
         whole = await trio.to_thread.run_sync(self._deliver, data, 0, piece_bytes, fault, deliver)
-        if whole and digest is not None and hashlib.new(digest.algorithm, data).hexdigest() != digest.value:
-            raise errors.SourceCorruptError(f"hash is wrong: {digest.algorithm}")
+        is_right = (
+            lies == self.lies and digest is not None and hashlib.new(digest.algorithm, data).hexdigest() == digest.value
+        )
+        if whole and digest is not None and not is_right:
+            raise errors.SourceHashError(f"hash is wrong: {digest.algorithm}")
 
     def _deliver(
         self, data: bytes, offset: int, piece_bytes: int, fault: errors.BasefsError | None, deliver: Deliver
@@ -83,6 +90,10 @@ class MemorySource:
                 raise fault
             trio.from_thread.check_cancelled()
             piece = data[start : start + piece_bytes]
+            lie = self.lie_at - offset - start
+            if self.lies and 0 <= lie < len(piece):
+                self.lies -= 1
+                piece = piece[:lie] + bytes([piece[lie] ^ 0xFF]) + piece[lie + 1 :]
             if self.before_piece is not None:
                 self.before_piece(offset + start)
             self.received_bytes += len(piece)

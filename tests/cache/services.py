@@ -8,6 +8,7 @@ import trio
 from basefs.cache.disk_health import DiskHealth
 from basefs.cache.evictor import EvictionCounters, Evictor
 from basefs.cache.fetch_services import FetchCounters, FetchServices
+from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits, CacheSpace
 from basefs.cache.unstored import UnstoredChunks
 from basefs.catalog.records import ImageEntry
@@ -26,6 +27,7 @@ def make_services(
     limits: CacheLimits = NO_LIMITS,
     counters: FetchCounters | None = None,
     changed: Callable[[ImageEntry], None] = lambda _entry: None,
+    pace: Pace | None = None,
 ) -> FetchServices:
     """Services whose accountant has counted `directory`. The evictor's task is not started."""
     disk = BlockingCalls("disk", threads_max=4)
@@ -48,4 +50,5 @@ def make_services(
         health=health,
         evictor=evictor,
         unstored=UnstoredChunks(),
+        pace=pace or Pace(),
     )

@@ -13,11 +13,11 @@ def test_an_image_is_warmed_shown_and_evicted(basefs_mount, rig):
     mount = basefs_mount()
     mount.cli("image", "warm", image_id)
     shown = mount.image("to be warmed")
-    assert (shown["id"], shown["state"], shown["cached_bytes"], shown["size"]) == (image_id, "complete", SIZE, SIZE)
+    assert (shown["id"], shown["state"], shown["cached_bytes"], shown["size"]) == (image_id, "verified", SIZE, SIZE)
     assert mount.cli("image", "evict", image_id).stdout == "evicted 2.9 MiB\n"
     evicted = mount.image(image_id)
     assert evicted["cached_bytes"] < SIZE
-    assert evicted["state"] != "complete"
+    assert evicted["state"] == "cold"
     listed = {image["id"]: image for image in json.loads(mount.cli("image", "list", "-f", "json").stdout)}
     assert listed[image_id]["name"] == "to be warmed"
 
@@ -27,7 +27,7 @@ def test_a_warming_that_was_handed_over_goes_on_by_itself(basefs_mount, rig):
     mount = basefs_mount()
     mount.cli("image", "warm", "--no-wait", image_id)
     mount.cli("image", "warm", "--wait", image_id)  # joins it, and tells when it is over
-    assert mount.image(image_id)["state"] == "complete"
+    assert mount.image(image_id)["state"] == "verified"
     assert mount.status()["fetched_bytes"] <= SIZE + 65536
 
 

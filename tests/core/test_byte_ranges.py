@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basefs.core.byte_ranges import chunk_span, parse_content_range, range_header, runs
+from basefs.core.byte_ranges import chunk_span, longest_zero_run, parse_content_range, range_header, runs
 
 
 @given(offset=st.integers(0, 2**62), length=st.integers(1, 2**40), chunk_exp=st.integers(12, 24))
@@ -65,3 +65,14 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
     except ValueError:
         return
     assert parsed.first <= parsed.last
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 4)), max_size=30))
+def test_the_longest_run_of_zeros_is_found(parts: list[tuple[int, int]]) -> None:
+    states = b"".join(bytes(zeros) + bytes([state]) for zeros, state in parts)
+    found = longest_zero_run(states)
+    lengths = [len(run) for run in states.translate(bytes(0 if not value else 1 for value in range(256))).split(b"\1")]
+    assert len(found) == max(lengths, default=0)
+    assert not any(states[found.start : found.stop])
+    if found:
+        assert states.find(bytes(len(found))) == found.start, "the first of several"

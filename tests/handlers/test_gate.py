@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import trio
 import trio.testing
 
 from basefs import errors
-from basefs.catalog.records import ImageEntry, Verdict
+from basefs.catalog.records import ImageEntry, Verdict, WholeState
 from basefs.handlers.gate import ServableGate
 from tests.cache.conftest import IMAGE_ID, make_entry
 from tests.cache.memory_source import MemorySource
@@ -41,10 +42,13 @@ async def nursery() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
-def gate_over(source: MemorySource, handler: _Handler, nursery: trio.Nursery, view: str = "raw") -> ServableGate:
+def gate_over(
+    source: MemorySource, handler: _Handler, nursery: trio.Nursery, view: str = "raw", require_verified: bool = False
+) -> ServableGate:
     return ServableGate(
-        source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=65536
-    )  # type: ignore[arg-type]
+        source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=65536,
+        require_verified=require_verified, is_in_use=lambda entry: entry.local.pinned,
+    )  # fmt: skip  # type: ignore[arg-type]
 
 
 async def test_a_raw_image_is_let_through_and_its_header_is_kept(handler: _Handler, nursery: trio.Nursery) -> None:
@@ -142,3 +146,28 @@ async def test_a_deactivated_image_stays_for_those_who_used_it_here(handler: _Ha
     assert gate.verdict(entry).state == "refused"
     entry.local.used_at_ns = 1
     assert gate.verdict(entry).state == "servable"
+
+
+def whole_entry(whole: WholeState, *, pinned: bool = False) -> ImageEntry:
+    entry = make_entry(len(RAW))
+    entry.verdict = Verdict(state="servable")
+    entry.local.whole, entry.local.pinned = whole, pinned
+    return entry
+
+
+@pytest.mark.parametrize("require_verified", [False, True])
+@pytest.mark.parametrize("is_in_use", [False, True])
+@pytest.mark.parametrize("whole", get_args(WholeState))
+async def test_what_an_image_is_as_a_whole_hides_it_only_while_it_is_not_in_use(
+    whole: WholeState, is_in_use: bool, require_verified: bool, handler: _Handler, nursery: trio.Nursery
+) -> None:
+    gate = gate_over(MemorySource({}), handler, nursery, require_verified=require_verified)
+    entry = whole_entry(whole, pinned=is_in_use)
+    is_shown = is_in_use or (whole == "verified" if require_verified else whole != "quarantined")
+    assert (gate.verdict(entry).state == "servable") == is_shown
+    await gate.let_through(entry, deadline_s=5, for_warming=True)
+    if is_shown:
+        await gate.let_through(entry, deadline_s=5)
+    else:
+        with pytest.raises(errors.ImageRefusedError, match=r"basefs image|no hash"):
+            await gate.let_through(entry, deadline_s=5)

@@ -436,7 +436,7 @@ async def test_a_server_killed_before_it_noted_the_name_is_finished(tmp_path: Pa
         entry, inode = node.entry, image_inode(node.entry.number)
         kept = map_path(node.chunks, inode).read_bytes()
         await node.graduator.graduate(entry)
-    entry.local.is_graduated, entry.local.cached_bytes = False, SIZE
+    entry.local.is_graduated, entry.local.cached_bytes, entry.local.whole = False, SIZE, "verified"
     map_path(node.chunks, inode).write_bytes(kept)
     async with a_node(tmp_path, CONTENT, lower=lower, entry=entry) as node:
         node.check_made()

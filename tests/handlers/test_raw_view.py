@@ -51,8 +51,9 @@ def sites(tmp_path: Path) -> Sites:
             services = make_services(nursery, source, directory)
             handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views(view))
             gate = ServableGate(
-                source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=1
-            )
+                source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=1,
+                require_verified=False, is_in_use=lambda _entry: False,
+            )  # fmt: skip
             yield Site(gate, handler, source)
             await handler.close()
             nursery.cancel_scope.cancel()

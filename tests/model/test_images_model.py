@@ -219,7 +219,7 @@ class ImagesModel(RuleBasedStateMachine):
         self.control.start_warm(one.id)
         one.use(begun)
         if is_waited_for:
-            eventually(lambda: report(self.mount, one.id)["state"] == "complete")
+            eventually(lambda: report(self.mount, one.id)["state"] == "verified")
             assert report(self.mount, one.id)["cached_bytes"] == len(one.content)
 
     # --- restarts -----------------------------------------------------------------------------------------

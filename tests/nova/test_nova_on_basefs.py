@@ -281,7 +281,7 @@ def test_precache_finds_the_image_there_and_starts_its_hydration(site: MountedSi
     assert answer.result == {image_id: False}
     assert answer.glance_requests == []
     assert answer.complaints == []
-    assert site.control.image(image_id)["state"] in ("warming", "complete")
+    assert site.control.image(image_id)["state"] in ("hydrating", "verified")
     for _progress in site.control.warm(image_id):
         pass
     assert site.control.image(image_id)["cached_bytes"] == raw_file.stat().st_size

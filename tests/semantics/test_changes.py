@@ -48,7 +48,7 @@ def test_owner_and_mode(image: Image) -> None:
 def test_utime_hydrates(image: Image) -> None:
     """[S704] utime of an image without local state brings the whole image here in the background."""
     os.utime(image.path)
-    eventually(lambda: image.report()["state"] == "complete")
+    eventually(lambda: image.report()["state"] == "verified")
     assert image.report()["cached_bytes"] == IMAGE_BYTES
 
 
@@ -157,7 +157,7 @@ def test_unlink_stops_hydration(
     path.stat()
     slow_front.on("/file").respond(answers.slow(1_000_000))
     os.utime(path)
-    eventually(lambda: report(mount, image_id)["state"] == "warming")
+    eventually(lambda: report(mount, image_id)["state"] == "hydrating")
     path.unlink()
     eventually(lambda: report(mount, image_id)["state"] == "cold")
     assert report(mount, image_id)["cached_bytes"] == 0
