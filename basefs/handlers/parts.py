@@ -52,7 +52,9 @@ def part_name(base_name: str, host: str) -> str:
 
 
 def create_part(lower_fd: int, name: str) -> int:
-    """A new empty file, ours alone, for reading and writing."""
+    """A new empty file, ours alone, for reading and writing, in place of one that could not be removed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=lower_fd)
     return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=lower_fd)
 
 

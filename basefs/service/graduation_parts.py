@@ -8,7 +8,8 @@ from basefs.config import Settings
 from basefs.fuse.image_files import ImageFiles
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.graduated import GraduatedImages
-from basefs.handlers.graduation import GraduationSettings, Graduator
+from basefs.handlers.graduation import Graduator
+from basefs.handlers.making import GraduationSettings
 from basefs.handlers.parts import ShownFile, host_name
 
 

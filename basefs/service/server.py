@@ -199,6 +199,7 @@ class Service:
             listener.close()
         view.state = "stopping"
         _end_by(STOP_LIMIT_S)
+        await graduator.stop()  # it has images open
         await handler.close()
         await self._channel.flush()
 

@@ -17,7 +17,8 @@ from basefs.core.inodes import image_inode
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.graduated import GraduatedImages
-from basefs.handlers.graduation import GraduationSettings, Graduator
+from basefs.handlers.graduation import Graduator
+from basefs.handlers.making import GraduationSettings
 from basefs.handlers.parts import ShownFile
 from basefs.views.choice import Views
 from tests.cache.conftest import CHUNK, IMAGE_ID, make_entry
@@ -136,6 +137,7 @@ async def a_node(
                 chunks=chunks, lower=lower, entry=entry, content=content, handler=handler, graduated=graduated,
                 graduator=graduator, escrow=escrow, stored=stored,
             )  # fmt: skip
+            await graduator.stop()
             await handler.close()
             nursery.cancel_scope.cancel()
     finally:

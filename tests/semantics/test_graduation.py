@@ -1,4 +1,4 @@
-"""Graduation and drain on a real mount: handles from before, kills of the server at each step, nova's unlink after."""
+"""docs/SEMANTICS.md, section 19: images that become files of the lower directory."""
 
 import mmap
 import os
@@ -19,7 +19,7 @@ from basefs.handlers.parts import host_name
 from basefs.keeper_restarts import KILLED_QUICK_S
 from tests.conftest import ExpectedWarnings
 from tests.handlers.graduation_node import disk_content, qcow2_of
-from tests.semantics.conftest import eventually, opened, report, status
+from tests.semantics.conftest import NOVA, eventually, listing_as, opened, report, status
 from tools.mount import BasefsMount, base_name
 from tools.rig import Rig
 
@@ -66,6 +66,9 @@ def qcow2(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_who_has_an_image_open_goes_on_and_unmounting_leaves_the_file(
     basefs_mount: Callable[..., BasefsMount], rig: Rig, other_disk: Path, qcow2: bytes, way: str
 ) -> None:
+    """[S1901] An image that is complete and verified becomes a plain raw file of the lower directory under its own
+    name, with the size, owner, mode and mtime that it was shown with, and its place in the cache is free again.
+    """
     content = DISK if way == "convert" else CONTENT
     options = {"cache_dir": other_disk} if way == "copy" else {}
     image_id = rig.upload(qcow2, "graduates", "qcow2") if way == "convert" else rig.upload(content, "graduates", "raw")
@@ -102,17 +105,28 @@ def test_who_has_an_image_open_goes_on_and_unmounting_leaves_the_file(
 def test_after_novas_unlink_open_handles_go_on_and_the_name_is_lazy_again(
     basefs_mount: Callable[..., BasefsMount], rig: Rig, expected_warnings: ExpectedWarnings
 ) -> None:
+    """[S1902] Handles and mappings from before go on with the same bytes, also when that file is unlinked, and when the
+    server is killed after it.
+
+    [S1903] utime, unlink and rename of the name are then done to that file; once it is gone the name is a lazy image
+    again, as after unlink.
+    """
     expected_warnings(r"died \(signal SIGKILL\)")
     image_id = rig.upload(CONTENT, "unlinked", "raw")
     mount = basefs_mount()
     path = mount.path(image_id)
     with opened(path, os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, PAGES_BYTES) as pages:
         drain(mount)
-        os.unlink(path)
+        os.utime(path, ns=(OLD_NS, OLD_NS))
+        aside = mount.mountpoint / "aside"
+        path.rename(aside)
+        assert aside.stat().st_mtime_ns == OLD_NS
+        assert path.stat().st_ino < LOWER, "the image, and no lower file"
+        aside.unlink()
         assert os.preadv(fd, [pages], 0) == SIZE
         assert pages[:SIZE] == CONTENT
         assert report(mount, image_id)["state"] == "cold"
-        assert path.stat().st_ino < 1 << 63, "the image, and no lower file"
+        assert path.name not in listing_as(NOVA, mount.mountpoint)
         kill_server(mount)
         fetched = status(mount)["fetched_bytes"]
         pages[:SIZE] = bytes(SIZE)
@@ -165,6 +179,9 @@ def test_a_server_killed_at_a_step_loses_nothing(
     expected_warnings: ExpectedWarnings,
     way: str,
 ) -> None:
+    """[S1904] A server that is killed at any step of it leaves the image as it was or the whole file, nothing half-made
+    under its name, and the space comes back.
+    """
     # strace may take the exit status for itself.
     expected_warnings(r"died \((signal SIGKILL|exit code 0)\)")
     options = {"cache_dir": other_disk} if way == "copy" else {}
@@ -205,6 +222,9 @@ def test_a_server_killed_while_qemu_img_writes_leaves_neither_part_nor_process(
     expected_warnings: ExpectedWarnings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """[S1904] A server that is killed at any step of it leaves the image as it was or the whole file, nothing half-made
+    under its name, and the space comes back.
+    """
     expected_warnings(r"died \(signal SIGKILL\)")
     image_id = rig.upload(qcow2, "killed while it is converted", "qcow2")
     begun, tools = tmp_path / "begun", tmp_path / "bin"
@@ -248,6 +268,9 @@ def mount_binary() -> str:
 def test_what_cannot_be_drained_is_said_with_the_reason(
     basefs_mount: Callable[..., BasefsMount], rig: Rig, expected_warnings: ExpectedWarnings
 ) -> None:
+    """[S1905] `basefs drain` does so with every image in use, and its exit code 0 says that it is safe to unmount; what
+    cannot be had is listed with the reason.
+    """
     expected_warnings("Glance answered 404")
     good, gone = (rig.upload(CONTENT, f"drain {number}", "raw") for number in range(2))
     mount = basefs_mount()
@@ -264,6 +287,73 @@ def test_what_cannot_be_drained_is_said_with_the_reason(
 
 
 def test_with_graduation_switched_off_drain_names_the_option(basefs_mount: Callable[..., BasefsMount]) -> None:
+    """[S1907] With `graduate = false` no image becomes a file, and drain says so."""
     done = basefs_mount(options={"graduate": False}).cli("drain", check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "graduate" in done.stderr
+
+
+def test_overlays_read_the_same_after_drain_and_unmount(
+    basefs_mount: Callable[..., BasefsMount], rig: Rig, qcow2: bytes, tmp_path: Path
+) -> None:
+    """[S1906] After drain and unmount the lower directory has what nova's own download would have left, and overlays on
+    it read the same bytes as before.
+
+    [S1908] Where the lower directory has a file of the image's name already, that stays as it is.
+    """
+    raw, packed, own = (
+        rig.upload(CONTENT, "base", "raw"),
+        rig.upload(qcow2, "base", "qcow2"),
+        rig.upload(CONTENT, "own"),
+    )
+    mount = basefs_mount()
+    mount.path(own).touch()
+    (mount.mountpoint / "part").write_bytes(b"nova's own")
+    (mount.mountpoint / "part").rename(mount.path(own))
+    overlays = []
+    for number, image_id in enumerate((raw, packed, own)):
+        disk = mount.instances_path / str(number) / "disk"
+        disk.parent.mkdir()
+        arguments = ("-o", f"backing_file={mount.path(image_id)},backing_fmt=raw")
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *arguments, disk], check=True)
+        overlays.append(disk)
+    subprocess.run(["qemu-io", "-c", "write -P 7 65536 4096", overlays[1]], check=True, stdout=subprocess.DEVNULL)
+    before = [whole_disk(disk, tmp_path) for disk in overlays]
+    said = drain(mount)
+    assert all(image_id in said for image_id in (raw, packed, own))
+    assert [whole_disk(disk, tmp_path) for disk in overlays] == before
+    mount.unmount()
+    assert sorted(os.listdir(mount.mountpoint)) == sorted(base_name(image_id) for image_id in (raw, packed, own))
+    assert [whole_disk(disk, tmp_path) for disk in overlays] == before
+    assert mount.path(own).read_bytes() == b"nova's own"
+    by_nova = tmp_path / "as nova converts it"
+    (tmp_path / "packed").write_bytes(qcow2)
+    convert = ["qemu-img", "convert", "-t", "none", "-O", "raw", "-f", "qcow2", tmp_path / "packed", by_nova]
+    subprocess.run(convert, check=True)
+    assert mount.path(packed).read_bytes() == by_nova.read_bytes()
+    assert mount.path(packed).stat().st_blocks <= 1.1 * by_nova.stat().st_blocks
+
+
+def whole_disk(overlay: Path, directory: Path) -> bytes:
+    """What a guest reads on it."""
+    raw = directory / "whole.raw"
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", overlay, raw], check=True)
+    return raw.read_bytes()
+
+
+def test_an_image_in_use_becomes_a_file_by_itself(
+    basefs_mount: Callable[..., BasefsMount], rig: Rig, qcow2: bytes
+) -> None:
+    """[S1909] An image in use becomes a file by itself, `hydrate_delay_s` after its first use, once all of it is here
+    and verified.
+    """
+    image_id, unused = rig.upload(qcow2, "in use", "qcow2"), rig.upload(CONTENT, "not in use", "raw")
+    mount = basefs_mount(options={"hydrate_concurrency_max": 2, "hydrate_delay_s": 0.0})
+    path = mount.path(image_id)
+    mount.path(unused).read_bytes()
+    with opened(path, os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, len(DISK)) as pages:
+        eventually(lambda: report(mount, image_id)["state"] == "graduated")
+        assert os.preadv(fd, [pages], 0) == len(DISK)
+        assert pages[:] == DISK
+        assert path.read_bytes() == DISK
+        assert lower_names(mount) == [path.name]
