@@ -243,18 +243,6 @@ class ChunkFile:
         except OSError as exc:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
 
-    def stored_states(self) -> bytearray:
-        """One byte a chunk, 1 where there is a checksum, 0 elsewhere (thread)."""
-        states = bytearray(self.header.chunks)
-        step = 1 << 16
-        for start in range(0, self.header.chunks, step):
-            count = min(step, self.header.chunks - start)
-            raw = os.pread(self._map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * start)
-            if raw.strip(b"\0"):
-                sums = struct.unpack(f"<{len(raw) // SUM_BYTES}Q", raw)
-                states[start : start + len(sums)] = bytes(1 if value else 0 for value in sums)
-        return states
-
     def close(self) -> None:
         """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
         self._ready.release()
@@ -282,7 +270,7 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
     data_fd = map_fd = -1
     try:
         map_fd = os.open(map_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        header = _usable_header(map_fd, wanted)
+        header = usable_header(map_fd, wanted)
         if header is None:
             header = wanted
             data_path(directory, inode).unlink(missing_ok=True)
@@ -290,8 +278,7 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
         data_fd = os.open(data_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if os.fstat(data_fd).st_size < header.size:
             os.ftruncate(data_fd, header.size)
-        chunk_file = ChunkFile(header, data_fd, map_fd)
-        return chunk_file, chunk_file.stored_states()
+        return ChunkFile(header, data_fd, map_fd), stored_states(map_fd, header)
     except (OSError, ValueError) as exc:
         for fd in (data_fd, map_fd):
             if fd >= 0:
@@ -299,13 +286,27 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
         raise errors.CacheError(f"cache directory {directory}: {exc}") from exc
 
 
-def _usable_header(map_fd: int, wanted: ChunkMapHeader) -> ChunkMapHeader | None:
+def usable_header(map_fd: int, wanted: ChunkMapHeader) -> ChunkMapHeader | None:
+    """The header of a map file, if that is of the image and size wanted; its `chunk_bytes` may differ (thread)."""
     try:
         header = parse_header(os.pread(map_fd, PAGE, 0))
     except ValueError:
         return None
     fits = header.image_id == wanted.image_id and header.size == wanted.size
     return header if fits and os.fstat(map_fd).st_size == header.map_bytes else None
+
+
+def stored_states(map_fd: int, header: ChunkMapHeader) -> bytearray:
+    """One byte a chunk, 1 where there is a checksum, 0 elsewhere (thread)."""
+    states = bytearray(header.chunks)
+    step = 1 << 16
+    for start in range(0, header.chunks, step):
+        count = min(step, header.chunks - start)
+        raw = os.pread(map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * start)
+        if raw.strip(b"\0"):
+            sums = struct.unpack(f"<{len(raw) // SUM_BYTES}Q", raw)
+            states[start : start + len(sums)] = bytes(1 if value else 0 for value in sums)
+    return states
 
 
 def _format_map(map_fd: int, header: ChunkMapHeader) -> None:
