@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import boot, cached, link, nova_boot, restart, scale, verify
+from tools.bench import boot, cached, graduated, link, nova_boot, restart, scale, verify
 from tools.bench.report import Report
 from tools.mount import ROOT
 
@@ -14,6 +14,7 @@ PARTS: dict[str, Callable[[Report, Path], None]] = {
     "boot": boot.run,
     "link": link.run,
     "cached": cached.run,
+    "graduated": graduated.run,
     "scale": scale.run,
     "restart": restart.run,
     "verify": verify.run,
