@@ -135,6 +135,8 @@ def stored_cells(directory: Path, inode: int, wanted: ChunkMapHeader, *, cells_m
                 header = usable_header(map_fd, wanted) or wanted
                 if header is not wanted:
                     states = stored_states(map_fd, header)
-            return cells_of(states, data_fd, size=header.size, chunk_bytes=header.chunk_bytes, cells_max=cells_max)
+            return cells_of(
+                bytes(states), data_fd, size=header.size, chunk_bytes=header.chunk_bytes, cells_max=cells_max
+            )
         except OSError as exc:
             raise errors.CacheError(f"cache file of {wanted.image_id}: {exc}") from exc

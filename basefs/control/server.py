@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from basefs.control.api import API_PREFIX, ServiceView
+from basefs.control.api import API_PREFIX, MAP_CELLS_MAX, ServiceView
 from basefs.control.listener import ControlListener
 from basefs.errors import (
     AmbiguousImageError,
@@ -101,6 +101,13 @@ def _application(view: ServiceView) -> Starlette:
     async def image(request: Request) -> Response:
         return JSONResponse(view.image(request.path_params["ref"]))
 
+    async def image_map(request: Request) -> Response:
+        cells = request.query_params.get("cells", "")
+        # Not int(): that takes `1_0` and other scripts' digits.
+        if not (cells.isascii() and cells.isdigit() and len(cells) < 6 and 1 <= int(cells) <= MAP_CELLS_MAX):
+            return JSONResponse({"error": f"cells: {cells[:20]!r} is no number from 1 to {MAP_CELLS_MAX}"}, 400)
+        return JSONResponse(await view.image_map(request.path_params["ref"], cells_max=int(cells)))
+
     async def warm(request: Request) -> Response:
         ref = request.path_params["ref"]
         if request.query_params.get("wait", "true") == "true":
@@ -124,6 +131,8 @@ def _application(view: ServiceView) -> Starlette:
         routes=[
             Route(f"{API_PREFIX}/status", status, methods=["GET"]),
             Route(f"{API_PREFIX}/images", images, methods=["GET"]),
+            # Not under /images: GET has no verb there, and `x/map` may be an image's name.
+            Route(f"{API_PREFIX}/maps/{{ref:path}}", image_map, methods=["GET"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/warm", warm, methods=["POST"]),
             Route(f"{API_PREFIX}/verify", verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/verify", verify, methods=["POST"]),

@@ -17,7 +17,7 @@ from basefs.control.api import PROGRESS_INTERVAL_S
 from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
-from basefs.handlers.report import image_report
+from basefs.handlers.report import image_report, map_note
 from basefs.service.cache_parts import CacheParts
 from basefs.service.integrity import Integrity
 from basefs.sources.access import GlanceAccess
@@ -149,6 +149,19 @@ class View:
         if ref is not None:
             self._catalog.find(ref)
         return self._integrity.verify(ref)
+
+    async def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
+        """See `ServiceView.image_map`."""
+        entry = self._catalog.find(ref)
+        cells = await self._handler.cells(entry, cells_max)
+        report = self.report(entry)
+        return {
+            "image_id": entry.image_id,
+            **{key: report[key] for key in ("name", "base_name", "state")},
+            "note": map_note(entry, refused_reason=report["refused_reason"]),
+            "taken_at": int(time.time()),
+            **cells.report(),
+        }
 
     async def evict(self, ref: str) -> dict[str, Any]:
         """See `ServiceView.evict`."""
