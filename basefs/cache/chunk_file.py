@@ -13,7 +13,6 @@ Invariants:
 Methods that say "thread" block on the disk and are called through `BlockingCalls`; the others touch memory only.
 """
 
-import mmap
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -21,23 +20,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from basefs import errors
+from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_buffer, hit_targets
 from basefs.cache.holes import punch_hole
 from basefs.core.byte_ranges import runs
 from basefs.core.chunk_map import PAGE, SUM_BYTES, SUMS_OFFSET, ChunkMapHeader, checksum, parse_header
 
 NOT_READY, READY, READY_MARKED, READY_AGED = 0, 1, 2, 3
 
-HIT_BYTES_MAX = 1 << 20
-"""The largest read the kernel sends (FUSE max_pages 256)."""
-
-# One buffer for all hits: pyfuse3 copies the reply into the kernel before any other task can run, and filling a
-# kept buffer saves the allocation and page faults of a fresh `bytes`. Page-aligned: at 16 bytes past a page, as
-# malloc gives it, the kernel's copy of 1 MiB took 480 us instead of 45 (a hazard of `rep movsb`).
-_hit_buffer = memoryview(mmap.mmap(-1, HIT_BYTES_MAX))
-_hit_targets: dict[int, list[memoryview]] = {
-    size: [_hit_buffer[:size]] for size in range(PAGE, HIT_BYTES_MAX + PAGE, PAGE)
-}
 # Names of this module: two look-ups fewer a read.
+_hit_buffer, _hit_targets = hit_buffer, hit_targets
 _preadv = os.preadv
 _NOWAIT = os.RWF_NOWAIT
 _ALL_READY = bytes([READY]) * (HIT_BYTES_MAX // (16 * 1024) + 2)

@@ -95,7 +95,7 @@ class View:
         if self.operations is None:
             return {}
         counts = dict(self.operations.requests)
-        counts["read"] = counts.get("read", 0) + self.operations.hits
+        counts["read"] = counts.get("read", 0) + self.operations.hits + self.operations.lower_hits
         return counts
 
     def images(self) -> list[dict[str, Any]]:
