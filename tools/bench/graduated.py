@@ -1,4 +1,8 @@
-"""Reads of a graduated base: through the mount, and by a symbolic link to the file where it lies outside of it."""
+"""Reads of a graduated base through the mount, beside the minimal file system.
+
+Told besides: by a symbolic link to the file where it lies outside of the mount, which basefs does not make
+(docs/OPERATIONS.md, "Other things"). The link leads to the very file: what its ratio is off 1 is the machine's noise.
+"""
 
 import contextlib
 import os
@@ -47,7 +51,7 @@ def run(report: Report, scratch: Path) -> None:
             link = mount.mountpoint / "link"
             link.symlink_to(lower)
             for workload in DIRECT:
-                _compare_link(report, workload, link, lower)
+                _tell_link(report, workload, link, lower)
 
 
 @contextlib.contextmanager
@@ -61,10 +65,10 @@ def _visible_outside(directory: Path, outside: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(outside)], check=True)
 
 
-def _compare_link(report: Report, workload: Workload, link: Path, plain: Path) -> None:
+def _tell_link(report: Report, workload: Workload, link: Path, plain: Path) -> None:
     ours, theirs, ratio = alternate(lambda: direct_read(link, workload), lambda: direct_read(plain, workload))
     scale, unit = (1e9, "GB/s") if workload.is_throughput else (1.0, "IOPS")
     shown = "{:,.2f} {}" if workload.is_throughput else "{:,.0f} {}"
-    report.tell(f"O_DIRECT {workload.name}: by the link", shown.format(ours / scale, unit))
+    report.tell(f"O_DIRECT {workload.name}: by a link", shown.format(ours / scale, unit))
     report.tell("  plain file", shown.format(theirs / scale, unit))
-    report.at_least("  median ratio", ratio, 0.97)
+    report.tell("  median ratio", f"{ratio:.2f}")
