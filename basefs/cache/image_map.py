@@ -22,6 +22,7 @@ _MISSING, _PRESENT, _ZERO, _FETCHING = 0, 1, 2, 3
 _KIND_OF_STATE = bytes(
     _PRESENT if state in (STORED, READY) else _FETCHING if state == CLAIMED else _MISSING for state in range(256)
 )
+_SLICE = 1 << 18
 _IN_A_HOLE = bytes(_ZERO if kind == _PRESENT else kind for kind in range(256))
 
 
@@ -76,7 +77,10 @@ def cells_of(states: bytes, data_fd: int | None, *, size: int, chunk_bytes: int,
     Raises:
         OSError: the disk did not tell where the holes are.
     """
-    kinds = bytearray(states.translate(_KIND_OF_STATE))
+    kinds = bytearray(len(states))
+    for start in range(0, len(states), _SLICE):
+        # At once, it kept the interpreter, and with it the loop, for 30 ms at the 16 million chunks of 1 TiB.
+        kinds[start : start + _SLICE] = states[start : start + _SLICE].translate(_KIND_OF_STATE)
     if data_fd is not None:
         for hole in _holes(data_fd, size, chunk_bytes):
             kinds[hole.start : hole.stop] = kinds[hole.start : hole.stop].translate(_IN_A_HOLE)
