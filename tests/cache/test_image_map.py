@@ -1,9 +1,12 @@
 """The cells of an image against a model that looks at each chunk, over real files."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,13 +100,17 @@ def test_files_that_cannot_be_read_are_an_error_that_names_the_image(tmp_path: P
 
 
 async def test_a_prepared_image_tells_what_is_here_and_what_is_under_way(fetchers: Fetchers) -> None:
-    image = b"\1" * CHUNK + bytes(CHUNK) + b"\2" * (6 * CHUNK)
-    async with fetchers(MemorySource({IMAGE_ID: image})) as fetcher:
+    image = b"\1" * CHUNK + bytes(CHUNK) + b"\2" * (198 * CHUNK)
+    source = MemorySource({IMAGE_ID: image}, hold=trio.Event())
+    async with fetchers(source) as fetcher, trio.open_nursery() as nursery:
         await fetcher.store_header(image[: 2 * CHUNK])
-        fetcher._ledger.states[4] = CLAIMED
-        cells = (await fetcher.cells(8)).cells
-        fetcher._ledger.states[4] = MISSING
-    assert cells == [
-        CellBytes(CHUNK, 0, 0), CellBytes(0, CHUNK, 0), *[CellBytes(0, 0, 0)] * 2, CellBytes(0, 0, CHUNK),
-        *[CellBytes(0, 0, 0)] * 3,
-    ]  # fmt: skip
+        nursery.start_soon(partial(fetcher.read, 4 * CHUNK, CHUNK, deadline_s=60, patient=False))
+        await trio.testing.wait_all_tasks_blocked()
+        ((_, offset, length),) = source.calls
+        cells = (await fetcher.cells(200)).cells
+        source.hold.set()
+    fetched = range(offset // CHUNK, (offset + length) // CHUNK)
+    assert 4 in fetched
+    assert cells[:2] == [CellBytes(CHUNK, 0, 0), CellBytes(0, CHUNK, 0)]
+    assert [index for index, cell in enumerate(cells) if cell == CellBytes(0, 0, CHUNK)] == list(fetched)
+    assert {cell for index, cell in enumerate(cells) if index > 1 and index not in fetched} == {CellBytes(0, 0, 0)}
