@@ -9,7 +9,7 @@ from basefs.cli.common import human_bytes
 from basefs.cli.map_cells import KINDS, Cell, cells_of, coarser, offset_text, printable, share_text
 
 ROWS_MAX = 16
-WIDTH_MIN = 40
+COLUMNS_MIN = 8
 
 # all of it, at least half, some; zeros; being fetched; missing
 _GLYPHS = "█▓▒-~·"
@@ -28,7 +28,7 @@ def print_map(answer: dict[str, Any], stdout: TextIO) -> None:
     if answer["note"]:
         console.print(Text(printable(answer["note"])), soft_wrap=True)
     labels = len(offset_text(size, size)) + 2
-    columns = max(WIDTH_MIN, console.width) - labels - 1
+    columns = max(COLUMNS_MIN, console.width - labels - 1)
     cells = coarser(cells_of(answer), columns * ROWS_MAX)
     for start in range(0, len(cells), columns):
         row = Text(f"{offset_text(start * cells[0].length, size):>{labels - 2}}  ")
@@ -64,6 +64,7 @@ def _legend(answer: dict[str, Any], cells: list[Cell], glyphs: str) -> list[Text
     for look, meaning in enumerate(_MEANINGS):
         legend.append(glyphs[look], _COLOURS[look])
         legend.append(f" {meaning}   ")
+    legend.rstrip()
     lines = [Text(), legend]
     if cells:
         lines.append(Text(f"one letter: {human_bytes(cells[0].length)}"))
