@@ -13,7 +13,6 @@ Invariants:
 Methods that say "thread" block on the disk and are called through `BlockingCalls`; the others touch memory only.
 """
 
-import mmap
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -21,30 +20,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from basefs import errors
+from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_buffer, hit_targets
 from basefs.cache.holes import punch_hole
 from basefs.core.byte_ranges import runs
 from basefs.core.chunk_map import PAGE, SUM_BYTES, SUMS_OFFSET, ChunkMapHeader, checksum, parse_header
 
 NOT_READY, READY, READY_MARKED, READY_AGED = 0, 1, 2, 3
 
-HIT_BYTES_MAX = 1 << 20
-"""The largest read the kernel sends (FUSE max_pages 256)."""
-
-# One buffer for all hits: pyfuse3 copies the reply into the kernel before any other task can run, and filling a
-# kept buffer saves the allocation and page faults of a fresh `bytes`. Page-aligned: at 16 bytes past a page, as
-# malloc gives it, the kernel's copy of 1 MiB took 480 us instead of 45 (a hazard of `rep movsb`).
-_hit_buffer = memoryview(mmap.mmap(-1, HIT_BYTES_MAX))
-_hit_targets: dict[int, list[memoryview]] = {
-    size: [_hit_buffer[:size]] for size in range(PAGE, HIT_BYTES_MAX + PAGE, PAGE)
-}
-
-
-def hit_target(size: int) -> list[memoryview]:
-    """The buffer of all hits as preadv(2) takes it, for `size` <= HIT_BYTES_MAX bytes: valid until the next await."""
-    return _hit_targets.get(size) or [_hit_buffer[:size]]
-
-
 # Names of this module: two look-ups fewer a read.
+_hit_buffer, _hit_targets = hit_buffer, hit_targets
 _preadv = os.preadv
 _NOWAIT = os.RWF_NOWAIT
 _ALL_READY = bytes([READY]) * (HIT_BYTES_MAX // (16 * 1024) + 2)
@@ -275,18 +259,6 @@ class ChunkFile:
         except OSError as exc:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
 
-    def stored_states(self) -> bytearray:
-        """One byte a chunk, 1 where there is a checksum, 0 elsewhere (thread)."""
-        states = bytearray(self.header.chunks)
-        step = 1 << 16
-        for start in range(0, self.header.chunks, step):
-            count = min(step, self.header.chunks - start)
-            raw = os.pread(self._map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * start)
-            if raw.strip(b"\0"):
-                sums = struct.unpack(f"<{len(raw) // SUM_BYTES}Q", raw)
-                states[start : start + len(sums)] = bytes(1 if value else 0 for value in sums)
-        return states
-
     def close(self) -> None:
         """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
         self._ready.release()
@@ -314,7 +286,7 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
     data_fd = map_fd = -1
     try:
         map_fd = os.open(map_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        header = _usable_header(map_fd, wanted)
+        header = usable_header(map_fd, wanted)
         # A map without data: the data became the image's file in the lower directory (`handlers/graduation.py`).
         if header is None or not data_path(directory, inode).exists():
             header = wanted
@@ -323,8 +295,7 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
         data_fd = os.open(data_path(directory, inode), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if os.fstat(data_fd).st_size < header.size:
             os.ftruncate(data_fd, header.size)
-        chunk_file = ChunkFile(header, data_fd, map_fd)
-        return chunk_file, chunk_file.stored_states()
+        return ChunkFile(header, data_fd, map_fd), stored_states(map_fd, header)
     except (OSError, ValueError) as exc:
         for fd in (data_fd, map_fd):
             if fd >= 0:
@@ -332,13 +303,27 @@ def open_chunk_file(directory: Path, inode: int, wanted: ChunkMapHeader) -> tupl
         raise errors.CacheError(f"cache directory {directory}: {exc}") from exc
 
 
-def _usable_header(map_fd: int, wanted: ChunkMapHeader) -> ChunkMapHeader | None:
+def usable_header(map_fd: int, wanted: ChunkMapHeader) -> ChunkMapHeader | None:
+    """The header of a map file, if that is of the image and size wanted; its `chunk_bytes` may differ (thread)."""
     try:
         header = parse_header(os.pread(map_fd, PAGE, 0))
     except ValueError:
         return None
     fits = header.image_id == wanted.image_id and header.size == wanted.size
     return header if fits and os.fstat(map_fd).st_size == header.map_bytes else None
+
+
+def stored_states(map_fd: int, header: ChunkMapHeader) -> bytearray:
+    """One byte a chunk, 1 where there is a checksum, 0 elsewhere (thread)."""
+    states = bytearray(header.chunks)
+    step = 1 << 16
+    for start in range(0, header.chunks, step):
+        count = min(step, header.chunks - start)
+        raw = os.pread(map_fd, SUM_BYTES * count, SUMS_OFFSET + SUM_BYTES * start)
+        if raw.strip(b"\0"):
+            sums = struct.unpack(f"<{len(raw) // SUM_BYTES}Q", raw)
+            states[start : start + len(sums)] = bytes(1 if value else 0 for value in sums)
+    return states
 
 
 def _format_map(map_fd: int, header: ChunkMapHeader) -> None:

@@ -19,6 +19,7 @@ from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.image_eviction import ImageEviction
+from basefs.cache.image_map import ImageCells, cells_of
 from basefs.cache.ledger import STORED, ChunkLedger
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
@@ -289,6 +290,27 @@ class ImageFetcher:
                 return None
             size = sum(min(self.chunk_bytes, self.size - index * self.chunk_bytes) for index in here)
             return DiskCheck(checked_bytes=size, damaged=damaged)
+
+    async def cells(self, cells_max: int) -> ImageCells:
+        """Where the bytes are now, in at most `cells_max` cells.
+
+        Raises:
+            CacheError: the disk does not tell which chunks are holes.
+        """
+        with self._reader(range(0)):  # keeps the fd open
+            states, file = bytes(self._ledger.states), self._ledger.file
+            try:
+                return await self._services.disk.run(
+                    lambda: cells_of(
+                        states,
+                        None if file is None else file.data_fd,
+                        size=self.size,
+                        chunk_bytes=self.chunk_bytes,
+                        cells_max=cells_max,
+                    )
+                )
+            except OSError as exc:
+                raise errors.CacheError(f"cache file of {self.entry.image_id}: {exc}") from exc
 
     def _damaged(self, first: int, count: int) -> None:
         """Chunks of an earlier life did not fit their checksums; they are absent now."""

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 API_PREFIX = "/v1"
 PROGRESS_INTERVAL_S = 0.25
 """About how often `warm` tells its progress."""
+MAP_CELLS_MAX = 16384
+"""The most cells of a map that are given; an image of 1 TiB has 16 million chunks."""
 
 
 class ServiceView(Protocol):
@@ -66,6 +68,16 @@ class ServiceView(Protocol):
 
         Raises:
             ControlError: images do not graduate here, or it is not known which are in use.
+        """
+        ...
+
+    async def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
+        """Where the stored bytes of the image are, in at most `cells_max` cells, 1 <= cells_max <= MAP_CELLS_MAX.
+
+        `image_id`, `name`, `base_name`, `state`, `note` (what an operator should know of it, or None), `taken_at` (Unix
+        time), `size`, `chunk_bytes`, `cell_bytes`; `present_bytes`, `zero_bytes` (here, and zeros), `fetching_bytes`,
+        `missing_bytes`; `runs`: equal cells from byte 0 on, each `cells` (how many), and the bytes of one of them:
+        `present_bytes`, `zero_bytes`, `fetching_bytes`. The last cell is what is left of the size.
         """
         ...
 

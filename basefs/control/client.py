@@ -44,6 +44,10 @@ class ControlClient:
         """One image by id, base name or unique name."""
         return self._object("GET", _image_path(ref))
 
+    def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
+        """What `ServiceView.image_map` tells."""
+        return self._object("GET", f"/maps/{quote(ref, safe='')}?cells={cells_max}")
+
     def start_warm(self, ref: str) -> dict[str, Any]:
         """Have the server fetch the image, whatever becomes of this process."""
         return self._object("POST", _image_path(ref) + "/warm?wait=false")

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from basefs.control.api import API_PREFIX, ServiceView
+from basefs.control.api import API_PREFIX, MAP_CELLS_MAX, ServiceView
 from basefs.control.listener import ControlListener
 from basefs.errors import (
     AmbiguousImageError,
@@ -89,52 +89,68 @@ async def _serve_http(app: ASGIApp, config: Config, *, task_status: trio.TaskSta
     await serve(app, config, task_status=task_status, mode="asgi")  # type: ignore[arg-type]  # two spellings of ASGI
 
 
-def _application(view: ServiceView) -> Starlette:
-    """The routes of docs/OPERATIONS.md over `view`."""
+class _Commands:
+    """What a request of each route does with the service."""
 
-    async def status(_request: Request) -> Response:
-        return JSONResponse(view.status())
+    def __init__(self, view: ServiceView) -> None:
+        self._view = view
 
-    async def images(_request: Request) -> Response:
-        return JSONResponse(view.images())
+    async def status(self, _request: Request) -> Response:
+        return JSONResponse(self._view.status())
 
-    async def image(request: Request) -> Response:
-        return JSONResponse(view.image(request.path_params["ref"]))
+    async def images(self, _request: Request) -> Response:
+        return JSONResponse(self._view.images())
 
-    async def warm(request: Request) -> Response:
+    async def image(self, request: Request) -> Response:
+        return JSONResponse(self._view.image(request.path_params["ref"]))
+
+    async def image_map(self, request: Request) -> Response:
+        cells = request.query_params.get("cells", "")
+        # Not int(): that takes `1_0` and other scripts' digits.
+        if not (cells.isascii() and cells.isdigit() and len(cells) < 6 and 1 <= int(cells) <= MAP_CELLS_MAX):
+            return JSONResponse({"error": f"cells: {cells[:20]!r} is no number from 1 to {MAP_CELLS_MAX}"}, 400)
+        return JSONResponse(await self._view.image_map(request.path_params["ref"], cells_max=int(cells)))
+
+    async def warm(self, request: Request) -> Response:
         ref = request.path_params["ref"]
         if request.query_params.get("wait", "true") == "true":
-            return _ProgressResponse(view.warm(ref))
-        return JSONResponse(await view.start_warm(ref), status_code=202)
+            return _ProgressResponse(self._view.warm(ref))
+        return JSONResponse(await self._view.start_warm(ref), status_code=202)
 
-    async def verify(request: Request) -> Response:
-        return _ProgressResponse(view.verify(request.path_params.get("ref")))
+    async def verify(self, request: Request) -> Response:
+        return _ProgressResponse(self._view.verify(request.path_params.get("ref")))
 
-    async def drain(_request: Request) -> Response:
-        return _ProgressResponse(view.drain())
+    async def drain(self, _request: Request) -> Response:
+        return _ProgressResponse(self._view.drain())
 
-    async def evict(request: Request) -> Response:
-        return JSONResponse(await view.evict(request.path_params["ref"]))
+    async def evict(self, request: Request) -> Response:
+        return JSONResponse(await self._view.evict(request.path_params["ref"]))
 
-    async def pin(request: Request) -> Response:
-        return JSONResponse(view.pin(request.path_params["ref"], pinned=True))
+    async def pin(self, request: Request) -> Response:
+        return JSONResponse(self._view.pin(request.path_params["ref"], pinned=True))
 
-    async def unpin(request: Request) -> Response:
-        return JSONResponse(view.pin(request.path_params["ref"], pinned=False))
+    async def unpin(self, request: Request) -> Response:
+        return JSONResponse(self._view.pin(request.path_params["ref"], pinned=False))
 
+
+def _application(view: ServiceView) -> Starlette:
+    """The routes of docs/OPERATIONS.md over `view`."""
+    commands = _Commands(view)
     # Image names may hold slashes: the reference is what lies between the prefix and the verb.
     return Starlette(
         routes=[
-            Route(f"{API_PREFIX}/status", status, methods=["GET"]),
-            Route(f"{API_PREFIX}/images", images, methods=["GET"]),
-            Route(f"{API_PREFIX}/images/{{ref:path}}/warm", warm, methods=["POST"]),
-            Route(f"{API_PREFIX}/drain", drain, methods=["POST"]),
-            Route(f"{API_PREFIX}/verify", verify, methods=["POST"]),
-            Route(f"{API_PREFIX}/images/{{ref:path}}/verify", verify, methods=["POST"]),
-            Route(f"{API_PREFIX}/images/{{ref:path}}/evict", evict, methods=["POST"]),
-            Route(f"{API_PREFIX}/images/{{ref:path}}/pin", pin, methods=["POST"]),
-            Route(f"{API_PREFIX}/images/{{ref:path}}/unpin", unpin, methods=["POST"]),
-            Route(f"{API_PREFIX}/images/{{ref:path}}", image, methods=["GET"]),
+            Route(f"{API_PREFIX}/status", commands.status, methods=["GET"]),
+            Route(f"{API_PREFIX}/images", commands.images, methods=["GET"]),
+            # Not under /images: GET has no verb there, and `x/map` may be an image's name.
+            Route(f"{API_PREFIX}/maps/{{ref:path}}", commands.image_map, methods=["GET"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/warm", commands.warm, methods=["POST"]),
+            Route(f"{API_PREFIX}/drain", commands.drain, methods=["POST"]),
+            Route(f"{API_PREFIX}/verify", commands.verify, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/verify", commands.verify, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/evict", commands.evict, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/pin", commands.pin, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/unpin", commands.unpin, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}", commands.image, methods=["GET"]),
         ],
         exception_handlers={BasefsError: _answer_error},
     )

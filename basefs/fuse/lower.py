@@ -8,7 +8,7 @@ NoSuchAttributeError. Permissions are the kernel's business (`default_permission
 
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import pyfuse3
 
@@ -20,7 +20,7 @@ from basefs.fuse import lower_disk as disk
 from basefs.fuse import lower_xattrs as xattrs
 from basefs.fuse.lower_attributes import attribute_change, creator, statvfs_data
 from basefs.fuse.lower_calls import LowerCalls
-from basefs.fuse.lower_files import LowerFiles, ReadBytes
+from basefs.fuse.lower_files import Hit, LowerFiles
 from basefs.fuse.lower_holding import LowerInodes
 from basefs.fuse.lower_syscalls import stays_in_memory
 
@@ -290,7 +290,12 @@ class LowerTree:
             raise
         return self._files.know(handle, fd, flags, node), self._inodes.entry(status)
 
-    def read(self, handle: int, offset: int, size: int) -> Awaitable[ReadBytes]:
+    @property
+    def hits(self) -> Mapping[int, Hit]:
+        """By handle: what reads at once; `read` is for what it does not give. See LowerFiles."""
+        return self._files.hits
+
+    def read(self, handle: int, offset: int, size: int) -> Awaitable[bytes]:
         """See LowerFiles.read."""
         return self._files.read(handle, offset, size)
 

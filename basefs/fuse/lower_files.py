@@ -1,6 +1,8 @@
 """Open files of the lower directory: handle -> fd, and the bytes through it.
 
 The table is owned by the trio loop. An fd is closed when its handle was released and no call uses it any more.
+`hits` has for each handle the function that reads what is in memory at once; it goes in the step that forgets the
+handle, before the fd is closed, so a number that was given out again is never read.
 Each is in escrow before the kernel hears of its handle, and the next server restores it under the same number:
 reads, writes and the rest go on, also where the file has no name any more.
 """
@@ -14,15 +16,17 @@ from collections.abc import Callable, Iterator
 import trio
 
 from basefs import errors
+from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_buffer, hit_targets
 from basefs.core.escrow import Escrow, HeldFd
 from basefs.fuse.lower_calls import LowerCalls, in_our_words
 from basefs.fuse.lower_disk import close_all, kill_set_id
 from basefs.fuse.lower_inodes import LowerNode
 
-ReadBytes = bytes | bytearray | memoryview
+Hit = Callable[[int, int], "memoryview | bytes | None"]
 
-# What preadv says when the bytes are not in memory, or when this file system cannot tell.
-_NOT_AT_ONCE = (errno.EAGAIN, errno.EOPNOTSUPP)
+# Names of this module: two look-ups fewer a read.
+_preadv = os.preadv
+_NOWAIT = os.RWF_NOWAIT
 
 HELD_PREFIX = "lower/"
 """Keys are `lower/<handle>`, notes `w` for a file open for writing, else `r`."""
@@ -59,6 +63,7 @@ class LowerFiles:
         self._closed = closed
         self._numbers = itertools.count(first_handle)
         self._files: dict[int, OpenFile] = {}
+        self.hits: dict[int, Hit] = {}
 
     def __len__(self) -> int:
         """Open handles."""
@@ -102,6 +107,7 @@ class LowerFiles:
 
     def _add(self, handle: int, file: OpenFile) -> None:
         self._files[handle] = file
+        self.hits[handle] = _hit_of(file.fd, lambda: self.hits.pop(handle, None))
         file.node.opens += 1
 
     def find(self, handle: int) -> OpenFile:
@@ -124,28 +130,13 @@ class LowerFiles:
             if file.pins == 0 and file.released:
                 os.close(file.fd)
 
-    async def read(self, handle: int, offset: int, size: int) -> ReadBytes:
+    async def read(self, handle: int, offset: int, size: int) -> bytes:
         """The `size` bytes at `offset`, fewer only at the end of the file. LowerFileError: none of them.
 
-        Bytes in the page cache are copied at once, without a thread and without a checkpoint.
+        In a thread; `hits` come first.
         """
-        buffer = bytearray(size)
-        try:
-            count = os.preadv(self.find(handle).fd, (buffer,), offset, os.RWF_NOWAIT)
-        except OSError as exc:
-            if exc.errno not in _NOT_AT_ONCE:
-                raise in_our_words(exc) from exc
-            count = 0
-        else:
-            if count == size:
-                return buffer
-            if count == 0:
-                return b""
-        # Short means the end of the file or the end of what is in memory: only a blocking read can tell.
-        rest = memoryview(buffer)[count:]
         with self.pinned(handle) as file:
-            count += await self._calls.run(_read_into, file.fd, rest, offset + count)
-        return buffer if count == size else memoryview(buffer)[:count]
+            return await self._calls.run(_read, file.fd, offset, size)
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         """The length of `data`, all of it written. LowerFileError: some may be, as after any failed write."""
@@ -171,6 +162,7 @@ class LowerFiles:
         """Forgets the handle and closes its file; what close(2) says was for `flush` to tell."""
         file = self.find(handle)
         del self._files[handle]
+        self.hits.pop(handle, None)
         file.released = True
         node_fd = self._closed(file.node)
         fds = [file.fd] if file.pins == 0 else []
@@ -183,22 +175,51 @@ class LowerFiles:
         """Forgets every handle; the fds to close."""
         fds = [file.fd for file in self._files.values()]
         self._files.clear()
+        self.hits.clear()
         return fds
+
+
+def _hit_of(fd: int, give_up: Callable[[], object]) -> Hit:
+    """A function `hit(offset, size)` that gives the bytes there, up to the end of the file, if they are in memory.
+
+    None when they are not, or not all: only a blocking read can tell then whether the file ends there. The answer is
+    valid until the next await; 0 <= offset, never raises. `give_up` is called where the file system cannot tell (NFS).
+    """
+
+    def hit(offset: int, size: int) -> memoryview | bytes | None:
+        try:
+            target = hit_targets.get(size)
+            if target is None:
+                if size > HIT_BYTES_MAX:
+                    return None
+                target = [hit_buffer[:size]]
+            # Inline: 6 us against 64 us through a thread. RWF_NOWAIT: a cold page must not stop the loop.
+            count = _preadv(fd, target, offset, _NOWAIT)
+        except OSError as exc:
+            if exc.errno == errno.EOPNOTSUPP:
+                give_up()
+            return None  # a cold page; or an error, which the blocking read will tell
+        if count == size:
+            return target[0]
+        return None if count else b""
+
+    return hit
 
 
 def _is_writable(flags: int) -> bool:
     return flags & os.O_ACCMODE != os.O_RDONLY
 
 
-def _read_into(fd: int, view: memoryview, offset: int) -> int:
-    """Bytes read, fewer than the view only at the end of the file."""
-    count = 0
-    while count < len(view):
-        more = os.preadv(fd, (view[count:],), offset + count)
-        if more == 0:
+def _read(fd: int, offset: int, size: int) -> bytes:
+    """The bytes, fewer than `size` only at the end of the file."""
+    data = os.pread(fd, size, offset)
+    # Short is no end yet: a signal, or a network file system that gives what it has.
+    while 0 < len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
             break
-        count += more
-    return count
+        data += more
+    return data
 
 
 def _write_all(fd: int, data: bytes, offset: int, has_set_id: bool) -> None:

@@ -32,18 +32,21 @@ class Operations(pyfuse3.Operations):
         self._virtual = virtual
         self._directories = directories
         self._hits = images.hits
+        self._lower_hits = lower.hits
         self.requests: Counter[str] = Counter()
         self.stats = RequestStats()
         self.hits = 0
-        """Reads answered at once; not in `requests`, nor in `stats`."""
+        """Reads of images answered at once; not in `requests`, nor in `stats`."""
         self.hit_bytes = 0
+        self.lower_hits = 0
+        """The same of lower files."""
         self.misses = 0
         """Reads of images that had to wait: for bytes from Glance, for a check, or for the cache disk."""
 
     # --- reading: the hit path comes first ----------------------------------------------------------------
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        """All bytes up to the end of the file, or an error; see `ChunkFile.hit` for the path of most reads."""
+        """All bytes up to the end of the file, or an error; see `ChunkFile.hit` and `LowerFiles` for most reads."""
         hit = self._hits.get(fh)
         if hit is not None:
             data = hit(off, size)
@@ -51,6 +54,9 @@ class Operations(pyfuse3.Operations):
                 self.hits += 1
                 self.hit_bytes += len(data)
                 return data  # type: ignore[return-value]  # pyfuse3 takes any buffer, and copies it at once
+        elif (hit := self._lower_hits.get(fh)) is not None and (data := hit(off, size)) is not None:
+            self.lower_hits += 1
+            return data  # type: ignore[return-value]
         return await self._read(fh, off, size)
 
     @edge
@@ -61,7 +67,7 @@ class Operations(pyfuse3.Operations):
             return await self._images.read(fh, off, size)  # type: ignore[return-value]  # any buffer
         if self._virtual.owns_handle(fh):
             return self._virtual.read(fh, off, size)
-        return await self._lower.read(fh, off, size)  # type: ignore[return-value]  # any buffer
+        return await self._lower.read(fh, off, size)
 
     # --- names -------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from basefs.cache.chunk_file import ChunkFile, open_chunk_file, remove_files
 from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
+from basefs.cache.image_map import ImageCells, stored_cells
 from basefs.cache.warmer import Warmer
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
@@ -142,6 +143,14 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
                 del self._images[entry.number]
                 with trio.CancelScope(shield=True):
                     await image.fetcher.close()
+
+    async def cells(self, entry: ImageEntry, cells_max: int) -> ImageCells:
+        """Where the stored bytes of the image are, in at most `cells_max` cells; CacheError if the disk fails."""
+        image = self._images.get(entry.number)
+        if image is not None:
+            return await image.fetcher.cells(cells_max)
+        inode, wanted = image_inode(entry.number), self._wanted(entry)
+        return await self._services.disk.run(lambda: stored_cells(self._chunks_dir, inode, wanted, cells_max=cells_max))
 
     def readers_wait(self) -> bool:
         """Whether reads wait for the cache disk, or for a request slot."""

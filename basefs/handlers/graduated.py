@@ -16,7 +16,7 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from basefs import errors
-from basefs.cache.chunk_file import HIT_BYTES_MAX, hit_target
+from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_target
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.concurrency.threads import BlockingCalls

@@ -41,6 +41,17 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
     return "partial" if entry.local.used_at_ns is not None else "cold"
 
 
+def map_note(entry: ImageEntry, *, refused_reason: str | None) -> str | None:
+    """What a map of the image's chunks does not tell, in an operator's words."""
+    if refused_reason is not None:
+        return f"refused, so nova downloads it by itself: {refused_reason}"
+    if entry.local.is_graduated:
+        return f"graduated: all of it is the lower file {entry.base_name}; the map is of the cache"
+    if entry.local.whole == "quarantined":
+        return "quarantined: as a whole it has not the hash that Glance tells"
+    return None
+
+
 def image_report(
     entry: ImageEntry, gate: ServableGate, handler: TemplateImageHandler, uses: ImageUses, view: str
 ) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from basefs.control.api import PROGRESS_INTERVAL_S
 from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
-from basefs.handlers.report import image_report
+from basefs.handlers.report import image_report, map_note
 from basefs.service.cache_parts import CacheParts
 from basefs.service.drain import Drain
 from basefs.service.integrity import Integrity
@@ -102,7 +102,7 @@ class View:
         if self.operations is None:
             return {}
         counts = dict(self.operations.requests)
-        counts["read"] = counts.get("read", 0) + self.operations.hits
+        counts["read"] = counts.get("read", 0) + self.operations.hits + self.operations.lower_hits
         return counts
 
     def images(self) -> list[dict[str, Any]]:
@@ -165,6 +165,19 @@ class View:
         """See `ServiceView.drain`."""
         assert self.drains is not None, "set before commands are served"
         return self.drains.run()
+
+    async def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
+        """See `ServiceView.image_map`."""
+        entry = self._catalog.find(ref)
+        cells = await self._handler.cells(entry, cells_max)
+        report = self.report(entry)
+        return {
+            "image_id": entry.image_id,
+            **{key: report[key] for key in ("name", "base_name", "state")},
+            "note": map_note(entry, refused_reason=report["refused_reason"]),
+            "taken_at": int(time.time()),
+            **cells.report(),
+        }
 
     async def evict(self, ref: str) -> dict[str, Any]:
         """See `ServiceView.evict`."""

@@ -39,3 +39,26 @@ def test_an_open_image_is_not_evicted(basefs_mount, rig):
         done = mount.cli("image", "evict", image_id, check=False)
     assert done.returncode == 1
     assert "is open" in done.stderr
+
+
+def test_a_map_shows_what_was_read_and_what_is_zeros_before_and_after_a_restart(basefs_mount, rig):
+    mib = 1 << 20
+    image_id = rig.upload(os.urandom(4 * mib) + bytes(4 * mib) + os.urandom(4 * mib), "to be mapped")
+    mount = basefs_mount()
+
+    def bytes_now() -> dict[str, int]:
+        answer = json.loads(mount.cli("image", "map", image_id, "-f", "json").stdout)
+        assert answer["size"] == 12 * mib
+        return {kind: answer[f"{kind}_bytes"] for kind in ("present", "zero", "fetching", "missing")}
+
+    assert bytes_now() == {"present": 0, "zero": 0, "fetching": 0, "missing": 12 * mib}
+    mount.cli("image", "warm", image_id)
+    complete = {"present": 8 * mib, "zero": 4 * mib, "fetching": 0, "missing": 0}
+    assert bytes_now() == complete
+    mount.unmount()
+    mount.start()
+    assert bytes_now() == complete  # nobody used it since: from its files
+    assert "100 %" not in mount.cli("image", "map", image_id).stdout
+    picture = mount.directory / "map.png"
+    mount.cli("image", "map", image_id, "--png", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")

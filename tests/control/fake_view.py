@@ -66,6 +66,21 @@ class FakeView:
                 "damaged_chunks": int(one == "one"), "refetched_chunks": 0, "error": None,
             }  # fmt: skip
 
+    async def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
+        """`one` has something of everything; the others nothing."""
+        image = self.image(ref)
+        sizes = {"size": 10 << 30, "chunk_bytes": 65536, "cell_bytes": 5 << 20}
+        runs = [(2048, 0, 0, 0)]
+        if ref == "one":
+            runs = [(500, 5 << 20, 0, 0), (500, 0, 5 << 20, 0), (48, 0, 0, 5 << 20), (500, 65536, 0, 0), (500, 0, 0, 0)]
+        names = ("present_bytes", "zero_bytes", "fetching_bytes")
+        totals = {name: sum(run[0] * run[at] for run in runs) for at, name in enumerate(names, 1)}
+        return {
+            "image_id": ref, "name": image["name"], "base_name": "x", "state": "partial", "note": None,
+            "taken_at": 1_700_000_000, **sizes, **totals, "missing_bytes": sizes["size"] - sum(totals.values()),
+            "runs": [dict(zip(("cells", *names), run, strict=True)) for run in runs], "cells_max": cells_max,
+        }  # fmt: skip
+
     async def evict(self, ref: str) -> dict[str, Any]:
         if ref == "open":
             raise errors.ImageBusyError("image open is open")

@@ -2,6 +2,7 @@ import functools
 import socket
 import stat
 import threading
+from urllib.parse import quote
 
 import pytest
 import trio
@@ -27,10 +28,10 @@ async def view(path, nursery):
     return view
 
 
-async def call(path, method, *args):
+async def call(path, method, *args, **keywords):
     """One command of a client, in a thread, as another process would do it."""
 
-    return await trio.to_thread.run_sync(getattr(ControlClient(path), method), *args)
+    return await trio.to_thread.run_sync(functools.partial(getattr(ControlClient(path), method), *args, **keywords))
 
 
 async def test_status_and_images_come_as_the_view_tells_them(view, path):
@@ -42,6 +43,18 @@ async def test_status_and_images_come_as_the_view_tells_them(view, path):
 async def test_a_name_with_a_slash_is_a_name(view, path):
     assert (await call(path, "image", "a/b"))["id"] == "a/b"
     assert await call(path, "evict", "a/b") == {"evicted_bytes": 4096}
+
+
+@pytest.mark.parametrize("ref", ["one", "a/b"])
+async def test_the_map_of_an_image_comes_in_the_cells_that_were_asked_for(view, path, ref):
+    got = await call(path, "image_map", ref, cells_max=700)
+    assert got == await view.image_map(ref, cells_max=700)
+
+
+@pytest.mark.parametrize("cells_max", [0, -1, 16385, 10**30, "", "1_0", "x", "\u0661"])
+async def test_a_map_of_no_cells_or_of_too_many_is_refused(view, path, cells_max):
+    with pytest.raises(errors.ControlError, match="is no number from 1 to 16384"):
+        await call(path, "image_map", "one", cells_max=quote(str(cells_max)))
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
             b"POST\nv1/images/one/warm\nwait=false",
             b"POST\nv1/images/open/evict",
             b"GET\nv1/images/a/b",
+            b"GET\nv1/maps/one\ncells=100",
         ],
     ),
     "keeper-datagrams": (
