@@ -156,11 +156,6 @@ class OverlayWatch:
         """Whether a look was complete."""
         return self._is_known
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the last look was complete, and is no older than the watch ever lets it become."""
-        return self._looked_at is not None and trio.current_time() - self._looked_at < SCAN_EVERY_S
-
     def users(self, base_name: str) -> list[str]:
         """Overlays of the image, relative to instances_path; a few of them."""
         return self._users.get(base_name, [])
@@ -180,6 +175,16 @@ class OverlayWatch:
         self._wanted.set()
         with trio.move_on_after(SCAN_WAIT_S):
             await self._looked.wait()
+
+    async def see_all(self) -> bool:
+        """Look now, and say whether all overlays that there were at the call are known."""
+        asked_at = trio.current_time()
+        for _ in range(2):  # a look that is under way was begun too soon
+            self._wanted.set()
+            await self._looked.wait()
+            if self._looked_at is not None and self._looked_at >= asked_at:
+                return True
+        return False
 
     async def _look(self) -> None:
         begun_at = trio.current_time()
