@@ -241,7 +241,7 @@ class ImageFiles:
             return False
         return os.path.basename(program).startswith(("qemu-system-", "qemu-kvm"))
 
-    async def read(self, handle: int, offset: int, size: int) -> bytes:
+    async def read(self, handle: int, offset: int, size: int) -> bytes | memoryview:
         """What `[offset, offset + size)` holds up to the end of the image: all of it, or an error.
 
         Raises:

@@ -58,7 +58,7 @@ class Operations(pyfuse3.Operations):
         self.requests["read"] += 1
         if inodes.image_of_handle(fh) is not None:
             self.misses += 1
-            return await self._images.read(fh, off, size)
+            return await self._images.read(fh, off, size)  # type: ignore[return-value]  # any buffer
         if self._virtual.owns_handle(fh):
             return self._virtual.read(fh, off, size)
         return await self._lower.read(fh, off, size)  # type: ignore[return-value]  # any buffer

@@ -30,8 +30,8 @@ class PreparedImage(Protocol):
     The answer is valid until the next await. Never raises.
     """
 
-    async def read(self, offset: int, size: int, patience: Patience) -> bytes:
-        """What is shown of `[offset, offset + size)`: all of it up to the end, or an error.
+    async def read(self, offset: int, size: int, patience: Patience) -> bytes | memoryview:
+        """What is shown of `[offset, offset + size)`: all of it up to the end, or an error. Valid until the next await.
 
         Raises:
             BasefsError: why the bytes did not come within the patience.

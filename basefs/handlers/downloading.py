@@ -50,7 +50,7 @@ class DownloadedImage:
         """See `PreparedImage.size`."""
         return self._view.size
 
-    async def read(self, offset: int, size: int, patience: Patience) -> bytes:
+    async def read(self, offset: int, size: int, patience: Patience) -> bytes | memoryview:
         """See `PreparedImage.read`."""
         return await self._view.read(offset, size, deadline_s=patience.deadline_s, patient=patience.is_guest)
 

@@ -190,7 +190,7 @@ class ServableGate:
         image = await self._handler.fetch_image(entry)
         patience = Patience(deadline_s=max(0.0, until - trio.current_time()), is_guest=False)
         try:
-            first = await image.read(0, HEADER_BYTES_MAX, patience)
+            first = bytes(await image.read(0, HEADER_BYTES_MAX, patience))
         except errors.ImageDamagedError as exc:
             return Verdict(state="refused", reason=str(exc))
         return await self._inspections.run(disk_verdict, servable, first)

@@ -64,7 +64,7 @@ class Qcow2View:
         end = min(offset + size, layout.size)
         if end <= offset:
             return b""
-        if end - offset > HIT_BYTES_MAX:
+        if end - offset > HIT_BYTES_MAX or (end - offset) >> layout.cluster_bits > HIT_EXTENTS_MAX:
             return None
         extents: list[Extent] = []
         shift = layout.slice_shift
@@ -82,7 +82,7 @@ class Qcow2View:
                 extents += _extents(layout, table, begin, min(end, number + 1 << shift))
         except Qcow2TableError:  # `read` says so
             return None
-        return self._hit_of(extents, end - offset)
+        return self._hit_of(layout, extents, end - offset)
 
     def _table_of(self, layout: Qcow2Layout, number: int) -> "array[int] | None":
         """The slice with this number, if it is in memory. Kept at hand: reads come in neighbourhoods."""
@@ -91,14 +91,14 @@ class Qcow2View:
             self._last = number, layout, table
         return table
 
-    def _hit_of(self, extents: list[Extent], size: int) -> memoryview | bytes | None:
+    def _hit_of(self, layout: Qcow2Layout, extents: list[Extent], size: int) -> memoryview | bytes | None:
         if len(extents) == 1:
             extent = extents[0]
             if extent.kind == DATA:
                 return self._stored_hit(extent.host, size)
             if extent.kind == ZEROS:
                 return _zeros[:size]
-            cluster = self._memory.clusters.get((self._number, extent.host, extent.packed_length))
+            cluster = self._clusters.at_once(self._stored, self._number, layout, extent)
             return None if cluster is None else memoryview(cluster)[extent.at : extent.at + size]
         if len(extents) > HIT_EXTENTS_MAX:
             return None
@@ -118,8 +118,10 @@ class Qcow2View:
             done += extent.length
         return _hit_buffer[:size]
 
-    async def read(self, offset: int, size: int, *, deadline_s: float, patient: bool) -> bytes:
+    async def read(self, offset: int, size: int, *, deadline_s: float, patient: bool) -> bytes | memoryview:
         """What the disk holds of `[offset, offset + size)`, clipped at its end; see `ImageFetcher.read` for errors.
+
+        The answer is valid until the next await.
 
         Raises:
             ImageDamagedError: the image's tables or compressed bytes there are none. Other places may be read.
@@ -214,8 +216,11 @@ class Qcow2View:
 
     # --- bytes ------------------------------------------------------------------------------------------
 
-    async def _fill(self, layout: Qcow2Layout, extents: list[Extent], limit: ReadLimit) -> bytes:
-        """The bytes of the extents, brought side by side."""
+    async def _fill(self, layout: Qcow2Layout, extents: list[Extent], limit: ReadLimit) -> bytes | memoryview:
+        """The bytes of the extents, brought side by side; put together in the buffer of the hits where they fit.
+
+        For its pages: the kernel copies 1 MiB out of them in a tenth of the time (`cache/chunk_file.py`).
+        """
         data = [extent for extent in extents if extent.kind == DATA]
         packed = [extent for extent in extents if extent.kind == PACKED]
         clusters: dict[Extent, bytes] = {}
@@ -230,15 +235,19 @@ class Qcow2View:
         found = iter(await gather([*calls, unpack] if packed else calls))
         if extents == data and len(data) == 1:
             return next(found)
-        parts: list[bytes | memoryview] = []
+        size = sum(extent.length for extent in extents)
+        target = _hit_buffer[:size] if size <= HIT_BYTES_MAX else memoryview(bytearray(size))
+        done = 0
         for extent in extents:
+            end = done + extent.length
             if extent.kind == DATA:
-                parts.append(next(found))
+                target[done:end] = next(found)
             elif extent.kind == ZEROS:
-                parts.append(bytes(extent.length))
+                target[done:end] = _zeros[: extent.length] if extent.length <= HIT_BYTES_MAX else bytes(extent.length)
             else:
-                parts.append(memoryview(clusters[extent])[extent.at : extent.at + extent.length])
-        return b"".join(parts)
+                target[done:end] = memoryview(clusters[extent])[extent.at : extent.at + extent.length]
+            done = end
+        return target
 
 
 def _extents(layout: Qcow2Layout, table: "array[int]", offset: int, end: int) -> list[Extent]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import trio
 
 from basefs import errors
-from basefs.sources.base import Deliver, Digest, ProbeResult
+from basefs.sources.base import Deliver, Digest, ProbeResult, SourceKind
 
 
 @dataclass
@@ -38,7 +38,7 @@ class MemorySource:
         self.requests += 1
         data = self._data(image_id)
         self._raise_next()
-        kind = "ranged" if self.ranged else "streamed"
+        kind: SourceKind = "ranged" if self.ranged else "streamed"
         header = data[: min(size, header_bytes)]
         self.received_bytes += len(header)
         return ProbeResult(kind=kind, reason="memory", header=header)

@@ -26,4 +26,4 @@ def view_of(stored: MemoryStored, entry: ImageEntry | None = None, views: Views 
 async def read(view: Qcow2View, offset: int, size: int) -> bytes:
     """As the FUSE handlers do it: at once where that is possible."""
     hit = view.hit(offset, size)
-    return await view.read(offset, size, deadline_s=5, patient=False) if hit is None else bytes(hit)
+    return bytes(await view.read(offset, size, deadline_s=5, patient=False) if hit is None else hit)

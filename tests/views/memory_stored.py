@@ -1,5 +1,7 @@
 """Stored bytes in memory, in chunks that are here or not; counts the waits that a reader would have had."""
 
+from collections.abc import Callable
+
 import trio
 
 CHUNK = 4096
@@ -19,6 +21,8 @@ class MemoryStored:
         self.holding = trio.Event()
         self.error: Exception | None = None
         self._round: trio.Event | None = None
+        self.hit: Callable[[int, int], memoryview | bytes | None] = self._hit
+        self.hit_into: Callable[[int, memoryview], bool] = self._hit_into
 
     def warm_up(self, length: int | None = None) -> None:
         """The first `length` bytes are here; all without."""
@@ -27,13 +31,13 @@ class MemoryStored:
     def _is_warm(self, offset: int, size: int) -> bool:
         return self.warm.issuperset(range(offset // CHUNK, -(-(offset + size) // CHUNK)))
 
-    def hit(self, offset: int, size: int) -> memoryview | bytes | None:
+    def _hit(self, offset: int, size: int) -> memoryview | bytes | None:
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
         return memoryview(self.data)[offset : offset + size] if self._is_warm(offset, size) else None
 
-    def hit_into(self, offset: int, target: memoryview) -> bool:
+    def _hit_into(self, offset: int, target: memoryview) -> bool:
         assert offset + len(target) <= self.size
         if not self._is_warm(offset, len(target)):
             return False

@@ -60,6 +60,11 @@ def converted(path: Path, seed: int, *options: str, compressed: bool = False, si
     disk.unlink()
 
 
+def _sparse(path: Path) -> None:
+    create(path)
+    io(path, "write -P 1 3M 4k")
+
+
 def _fragmented(path: Path) -> None:
     """Clusters in the file in another order than on the disk."""
     create(path)
@@ -122,9 +127,9 @@ def _written(*options: str, seed: int, size: int = SIZE) -> Callable[[Path], Non
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "empty": lambda path: create(path),
-    "sparse": lambda path: (create(path), io(path, "write -P 1 3M 4k"))[0],
+    "sparse": _sparse,
     "full": lambda path: converted(path, 1),
-    "v2": lambda path: (create(path, "compat=0.10"), random_writes(path, 2))[0],
+    "v2": _written("compat=0.10", seed=2),
     "v2-compressed": lambda path: converted(path, 3, "compat=0.10", compressed=True),
     "random-writes": _written(seed=4),
     "fragmented": _fragmented,

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from tools.bench import replay
@@ -52,8 +53,8 @@ def _warm(report: Report, rig: Rig, scratch: Path) -> None:
         subprocess.run(["cmp", str(plain), str(shown)], check=True)
         for workload in DIRECT:
             ours, theirs, ratio = alternate(
-                lambda workload=workload: direct_read(shown, workload),
-                lambda workload=workload: direct_read(plain, workload),
+                partial(direct_read, shown, workload),
+                partial(direct_read, plain, workload),
             )
             _tell(
                 report,
@@ -108,8 +109,8 @@ def _compressed(report: Report, rig: Rig, scratch: Path) -> None:
             subprocess.run(["cmp", str(mount.path(image_id)), str(raw)], check=True)
             for workload in DIRECT:
                 ours, theirs, ratio = alternate(
-                    lambda workload=workload: direct_read(mount.path(image_id), workload),
-                    lambda workload=workload: direct_read(other, workload),
+                    partial(direct_read, mount.path(image_id), workload),
+                    partial(direct_read, other, workload),
                 )
                 _tell(
                     report, f"compressed, {workload.name}", ours, "qemu-nbd and nbdfuse", theirs, workload.is_throughput
