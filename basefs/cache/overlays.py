@@ -145,6 +145,8 @@ class OverlayWatch:
         self._users: dict[str, list[str]] = {}
         self._is_known = False
         self._looked_at: float | None = None
+        self._looks_begun = 0
+        self._complete_look = 0
         self._looked = trio.Event()
         self._wanted = trio.Event()
         self._told = ConditionLog(log, clock=trio.current_time)
@@ -155,11 +157,6 @@ class OverlayWatch:
     def is_known(self) -> bool:
         """Whether a look was complete."""
         return self._is_known
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the last look was complete, and is no older than the watch ever lets it become."""
-        return self._looked_at is not None and trio.current_time() - self._looked_at < SCAN_EVERY_S
 
     def users(self, base_name: str) -> list[str]:
         """Overlays of the image, relative to instances_path; a few of them."""
@@ -181,13 +178,25 @@ class OverlayWatch:
         with trio.move_on_after(SCAN_WAIT_S):
             await self._looked.wait()
 
+    async def see_all(self) -> bool:
+        """Look now, and say whether all overlays that there were at the call are known."""
+        begun = self._looks_begun
+        for _ in range(2):  # a look that is under way was begun too soon
+            self._wanted.set()
+            await self._looked.wait()
+            if self._complete_look > begun:
+                return True
+        return False
+
     async def _look(self) -> None:
         begun_at = trio.current_time()
+        self._looks_begun += 1
         found = await self._threads.run(_scan, self._instances_path, self._mountpoint)
         if found.problem is None:
             self._users = found.users
             self._is_known = True
             self._looked_at = begun_at
+            self._complete_look = self._looks_begun
         else:
             self._users = {**self._users, **found.users}
             self._told.begins(

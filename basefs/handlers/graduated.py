@@ -11,17 +11,21 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import trio
 
 from basefs import errors
+from basefs.cache.chunk_file import data_path
 from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_target
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.escrow import Escrow, HeldFd
+from basefs.core.inodes import image_inode
 from basefs.handlers.base import Patience
+from basefs.handlers.parts import is_part_name
 
 log = logging.getLogger(__name__)
 
@@ -205,10 +209,7 @@ class GraduatedImages:
         """
         for one in held:
             entry = entry_of(int(one.key.removeprefix(HELD_PREFIX)))
-            # The kernel tells the last name of an open file, also of an unlinked one; NFS renames those.
-            name = os.path.basename(os.readlink(f"/proc/self/fd/{one.fd}")).removesuffix(" (deleted)")
-            is_finished = entry is not None and (name == entry.base_name or name.startswith(".nfs"))
-            if entry is None or not is_finished or os.fstat(one.fd).st_size != entry.shown_size:
+            if entry is None or _is_unfinished(one.fd, entry) or os.fstat(one.fd).st_size != entry.shown_size:
                 os.close(one.fd)
                 await self._escrow.drop(one.key)
             else:
@@ -224,6 +225,12 @@ class GraduatedImages:
             return await self._blocking.run(fn, *args)
         except OSError as exc:
             raise errors.LowerFileError(exc) from exc
+
+
+def _is_unfinished(fd: int, entry: ImageEntry) -> bool:
+    """Whether it has not got its name: the kernel tells the last name of an open file, also of an unlinked one."""
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).removesuffix(" (deleted)")
+    return is_part_name(name) or name == data_path(Path(), image_inode(entry.number)).name
 
 
 def _read_all(fd: int, offset: int, length: int) -> bytes:

@@ -51,6 +51,11 @@ def part_name(base_name: str, host: str) -> str:
     return f".basefs.{base_name}.{host}.part"
 
 
+def is_part_name(name: str) -> bool:
+    """Whether a file of that name is not finished."""
+    return name.startswith(".basefs.") and name.endswith(".part")
+
+
 def create_part(lower_fd: int, name: str) -> int:
     """A new empty file, ours alone, for reading and writing, in place of one that could not be removed."""
     with contextlib.suppress(FileNotFoundError):

@@ -13,8 +13,8 @@ from basefs.control.api import PROGRESS_INTERVAL_S
 from basefs.handlers.graduation import Graduator
 from basefs.handlers.uses import ImageUses
 
-LOOKS_MAX = 3
-"""A look at the overlays that takes longer than `refresh` waits is waited for so often."""
+LOOK_WAIT_S = 30.0
+"""A look at the overlays of 1,000 instances takes 0.1 s; of NFS that hangs it takes for ever."""
 
 
 @dataclass(slots=True)
@@ -72,9 +72,8 @@ class Drain:
         yield {"state": "ended"}
 
     async def _see_overlays(self) -> None:
-        for _ in range(LOOKS_MAX):
-            await self._uses.overlays.refresh()
-            if self._uses.overlays.is_fresh:
+        with trio.move_on_after(LOOK_WAIT_S):
+            if await self._uses.overlays.see_all():
                 return
         raise errors.ControlError(
             "not all overlays under instances_path can be seen, so it is not known which images are in use; see the log"

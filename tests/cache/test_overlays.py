@@ -139,3 +139,21 @@ async def test_who_asks_gets_a_look_that_is_fresh(tmp_path: Path, clock: trio.te
         await watch.refresh()
         assert watch.users(BASE) == ["a/disk"]
         nursery.cancel_scope.cancel()
+
+
+async def test_who_must_know_all_gets_a_look_that_was_begun_after_the_call(
+    tmp_path: Path, clock: trio.testing.MockClock, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("not all overlays can be seen")
+    instances = tmp_path / "instances"
+    instances.mkdir()
+    watch = OverlayWatch(instances, tmp_path / "mount")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        await watch.refresh()
+        overlay_on(instances / "a/disk", f"/x/{BASE}")
+        assert await watch.see_all()
+        assert watch.users(BASE) == ["a/disk"]
+        instances.rename(tmp_path / "away")
+        assert not await watch.see_all()
+        nursery.cancel_scope.cancel()
