@@ -25,16 +25,16 @@ from typing import Any
 
 from basefs import hardening
 from basefs.errors import BasefsError, MountError
-from basefs.keeper_crew import Crew, SessionEndedError
+from basefs.keeper_crew import Crew
 from basefs.keeper_held import raise_fd_limit
 from basefs.keeper_log import set_up_log
 from basefs.keeper_predecessors import end_predecessors
 from basefs.keeper_requests import Request, RequestSocket
 from basefs.keeper_session_store import Adopted, SessionStore, adopt_session
-from basefs.keeper_setup import CacheLock, open_lower_directory, tune_mount
+from basefs.keeper_setup import CacheLock, ReadyPipe, open_lower_directory, tune_mount
 from basefs.keeper_spec import KeeperSpec, request_socket_of
 from basefs.keeper_wakeups import Wakeups
-from basefs.kernel_session import KernelSession
+from basefs.kernel_session import KernelSession, SessionEndedError
 from basefs.server_process import ServerProcess
 from basefs.service_manager import tell_systemd
 
@@ -60,7 +60,7 @@ class Keeper:
         self._session = KernelSession(spec.mountpoint)
         self._store = SessionStore()
         self._is_detached = False
-        self._has_answered = False
+        self._ready_pipe = ReadyPipe(spec.ready_fd)
         self._tuned: tuple[int, int] | None = None
         self._requests: RequestSocket | None = None
         self._wakeups = Wakeups((*STOP_SIGNALS, signal.SIGHUP, PARK_SIGNAL))
@@ -188,7 +188,7 @@ class Keeper:
         self._try_unmount(may_park=PARK_SIGNAL in numbers and self._store.is_stored)
 
     def _on_mounts_changed(self) -> None:
-        self._crew.check_session()
+        self._session.check()
         if not self._is_detached and not self._session.is_mounted():
             self._is_detached = True
             log.info("%s was unmounted lazily; serving until its last file is closed", self._spec.mountpoint)
@@ -217,7 +217,7 @@ class Keeper:
             fixed = {"view": self._spec.view}
             self._store.save(self._session, self._to_store, cache_dir=self._spec.cache_dir, fixed=fixed)
             self._open_requests()
-            self._answer_background({"ready": True, "keeper_pid": os.getpid(), "server_pid": server.pid})
+            self._ready_pipe.answer({"ready": True, "keeper_pid": os.getpid(), "server_pid": server.pid})
             tell_systemd("READY=1")
         else:
             log.info("server %d serves %s again", server.pid, mountpoint)
@@ -259,7 +259,7 @@ class Keeper:
             log.warning("not stopped, serving on: %s", exc)
             tell_systemd(f"READY=1\nSTATUS=serving {mountpoint}; a stop was refused: {exc}")
             return
-        self._crew.check_session()
+        self._session.check()
 
     def _finish(self) -> None:
         """After the end of the session: nothing is left on the mount point."""
@@ -270,19 +270,10 @@ class Keeper:
         log.info("%s: unmounted, ending", self._spec.mountpoint)
         tell_systemd("STOPPING=1")
 
-    def _answer_background(self, answer: dict[str, object]) -> None:
-        """Tell the waiting `basefs mount --background`, once."""
-        if self._spec.ready_fd is None or self._has_answered:
-            return
-        self._has_answered = True
-        with contextlib.suppress(OSError):
-            os.write(self._spec.ready_fd, json.dumps(answer).encode())
-            os.close(self._spec.ready_fd)
-
     def fail(self, text: str) -> None:
         """Report why there is no mount: on the pipe of `--background`, else on stderr."""
         log.error("%s", text)
-        self._answer_background({"ready": False, "error": text})
+        self._ready_pipe.answer({"ready": False, "error": text})
 
 
 def _log_upgrade(answer: dict[str, Any]) -> None:

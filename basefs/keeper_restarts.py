@@ -1,4 +1,4 @@
-"""When the next server is started, and whether it gets the requests that the dead ones had taken. Pure: no clock."""
+"""When the next server is started, and what it gets of what the dead ones had: requests, files. Pure: no clock."""
 
 import logging
 
@@ -14,6 +14,8 @@ STEADY_S = 10.0
 KILLED_QUICK_S = 0.5
 """SIGKILL from outside (an operator, the OOM killer) speaks against the requests only if it comes at once."""
 DEATHS_WITH_RESEND_MAX = 3
+FAILURES_WITH_FILES_MAX = 3
+"""So many servers in a row that did not come to serve make the configuration files the suspects."""
 RESEND_WAIT_MAX_S = 640.0
 
 
@@ -87,3 +89,39 @@ class Restarts:
                 self._suspicious,
                 self._resend_wait_s,
             )
+
+
+class StartFailures:
+    """Servers that did not come to serve since one did, and what they said of the configuration; each is told once."""
+
+    def __init__(self) -> None:
+        self.config_error = ""
+        """Why the configuration is not used that was read last; empty: it is."""
+        self._in_a_row = 0
+        self._last = ""
+
+    @property
+    def suspicion(self) -> str:
+        """Why the next server is not to use the configuration files; empty: it is."""
+        return self._last if self._in_a_row >= FAILURES_WITH_FILES_MAX else ""
+
+    def not_started(self, why: str) -> None:
+        """A server could not be started at all, whatever it would have read."""
+        if why != self._last:
+            log.error("%s; trying again", why)
+            self._last = why
+
+    def not_served(self, why: str) -> None:
+        """A server ended before it served."""
+        self._in_a_row += 1
+        self.not_started(why)
+
+    def served(self) -> None:
+        """One serves: the next failure is a new one."""
+        self._in_a_row, self._last = 0, ""
+
+    def loaded_with(self, config_error: str) -> None:
+        """A server has read the configuration; `config_error` says why it uses the last one that worked instead."""
+        if config_error and config_error != self.config_error:
+            log.warning("the configuration is not usable, the last one that worked goes on: %s", config_error)
+        self.config_error = config_error

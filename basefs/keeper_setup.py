@@ -151,6 +151,23 @@ def open_lower_directory(mountpoint: str) -> int:
         raise MountError(f"cannot use the mount point {mountpoint}: {exc.strerror}") from None
 
 
+class ReadyPipe:
+    """The pipe on which `basefs mount --background` waits; `fd` is None where nobody does."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def answer(self, answer: dict[str, object]) -> None:
+        """Say how it went, once; what is said later is not."""
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        with contextlib.suppress(OSError):  # It went away.
+            os.write(fd, json.dumps(answer).encode())
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
 def tune_mount(mount: mounts.Mount, read_ahead_kib: int, max_background: int) -> None:
     """Raise the kernel's readahead and the number of background requests; what is refused is logged."""
     connection = f"{FUSECTL}/{mount.minor}"

@@ -1,10 +1,13 @@
 """What is known of one upgrade while it goes on, and its answer. Standard library only."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 from basefs.server_process import ServerProcess
+
+log = logging.getLogger("basefs.keeper")
 
 Stage = Literal["loading", "stopping", "taking over", "falling back"]
 Answer = Callable[[dict[str, Any]], None]
@@ -29,6 +32,21 @@ class Upgrade:
         """From now on nobody answers."""
         self.stage = "stopping"
         self._stopped_at_s = time.monotonic()
+
+    def next_holder(self, ended_failure: str, *, has_standby: bool) -> Literal["candidate", "standby"] | None:
+        """Whose turn it is now that the session has no server: the new one's, then the old version's, then nobody's.
+
+        `ended_failure` says why the last one ended.
+        """
+        if self.stage == "stopping" and not self.failure:
+            self.stage = "taking over"
+            return "candidate"
+        self.failure = self.failure or ended_failure
+        if self.stage == "falling back" or not has_standby:
+            return None
+        self.stage = "falling back"
+        log.error("upgrade: the new server failed (%s); the old version takes over", self.failure)
+        return "standby"
 
     def succeeded(self, server: ServerProcess) -> None:
         """The new server serves."""

@@ -7,11 +7,15 @@ import select
 from typing import Self
 
 from basefs import mounts, processes
-from basefs.errors import MountError
+from basefs.errors import BasefsError, MountError
 
 log = logging.getLogger("basefs.keeper")
 
 INIT_BYTES_MAX = 1024 * 1024
+
+
+class SessionEndedError(BasefsError):
+    """The FUSE session is over, so there is nothing left to serve."""
 
 
 class KernelSession:
@@ -90,6 +94,11 @@ class KernelSession:
         poller.register(self.fd, 0)
         # Asked when there is reason to, never polled on: the kernel would wake us at every request.
         return any(event & select.POLLERR for _, event in poller.poll(0))
+
+    def check(self) -> None:
+        """Raise SessionEndedError once the session is over."""
+        if self.has_ended():
+            raise SessionEndedError
 
     def is_mounted(self) -> bool:
         """Whether the mount is still attached somewhere in our mount namespace."""

@@ -11,7 +11,6 @@ out twice, not even when the database had to be begun anew (`numbers_from`).
 
 import json
 import logging
-import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from basefs import errors
-from basefs.cache import state_rows
+from basefs.cache import state_copy, state_rows
+from basefs.cache.state_copy import StateCopy
 from basefs.cache.state_file import StateFile
 from basefs.cache.state_rows import GENERATION, NEXT_NUMBER, RECORD_FIELDS, DamagedError, Statements
 from basefs.catalog.records import ImageEntry, ImageRecord
@@ -39,7 +39,6 @@ OPEN_WAIT_S = 2.0
 COPY_INTERVAL_S = 1.0
 """For what nobody waits for. A copy of 1,000 images takes a thread 1-2 ms."""
 COPY_RETRY_S = 5.0
-KEY = "state"
 
 _VALUE = "INSERT OR REPLACE INTO value (key, value) VALUES (?, ?)"
 _LOCAL = "UPDATE image SET verdict = ?, reason = ?, local = ?, is_gone = ? WHERE number = ?"
@@ -65,12 +64,10 @@ class StateDatabase:
         self._loaded = entries
         self._next_number = next_number
         self._generation = state_rows.read_value(copy, GENERATION, 0)
-        self._escrow = escrow
         self._threads = BlockingCalls("state-db", threads_max=1)
+        self._copy = StateCopy(copy, lambda: self._generation, self._threads, escrow)
         self._file_turn = trio.CapacityLimiter(1)
         self._changing = trio.Lock()
-        self._copying = trio.Lock()
-        self._copied = -1
         self._dirty: dict[int, ImageEntry] = {}
         self._is_dirty = trio.Event()
         self._changed = trio.Event()
@@ -96,7 +93,7 @@ class StateDatabase:
             CacheError: the file cannot be opened or written, and nothing is held.
         """
         file = StateFile(path)
-        kept = None if held is None else await trio.to_thread.run_sync(_read_held, held)
+        kept = None if held is None else await trio.to_thread.run_sync(state_copy.read_held, held)
         problem = ""
         try:
             with trio.fail_after(OPEN_WAIT_S if kept else float("inf")):
@@ -151,7 +148,7 @@ class StateDatabase:
             await self._change([(_RECORD, rows), (_VALUE, list(stored.items()))])
             # The file may be lost to the next server, and a number must not be given to another image then.
             if len(known) < len(numbers):
-                await self._leave_copy()
+                await self._copy.leave()
         return numbers
 
     def touch(self, entry: ImageEntry) -> None:
@@ -163,7 +160,7 @@ class StateDatabase:
         """Return when what changed of the entry's verdict or local state outlives this server; see `flush`."""
         self.touch(entry)
         await self.flush()
-        await self._leave_copy()
+        await self._copy.leave()
 
     async def forget(self, number: int) -> None:
         """See `CatalogStore`."""
@@ -192,7 +189,7 @@ class StateDatabase:
         if self._is_behind:
             with trio.move_on_after(STORE_WAIT_S):
                 await self._catch_up()
-        await self._leave_copy()
+        await self._copy.leave()
         with trio.move_on_after(STORE_WAIT_S):
             await self._in_file(self._file.close)
         await self._threads.run(self._db.close)
@@ -217,7 +214,7 @@ class StateDatabase:
                 # Cancelled, it may have been written or not.
                 self._is_behind = self._is_behind or not is_written
         if self._is_behind:
-            await self._leave_copy()
+            await self._copy.leave()
         self._changed.set()
 
     async def _in_file(self, fn: Callable[[*Ts], None], *args: *Ts) -> None:
@@ -239,7 +236,7 @@ class StateDatabase:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            await self._leave_copy()
+            await self._copy.leave()
             await trio.sleep(COPY_RETRY_S if self._is_behind else COPY_INTERVAL_S)
             if self._is_behind:
                 await self._catch_up()
@@ -258,24 +255,6 @@ class StateDatabase:
                 log.info("state of images is stored on the disk again")
         if self._is_behind:
             self._changed.set()
-
-    async def _leave_copy(self) -> None:
-        """What is in memory now is in escrow; those who want that at the same time share one copy."""
-        wanted = self._generation
-        async with self._copying:
-            if self._escrow is None or self._copied >= wanted:
-                return
-            copied = self._generation
-            try:
-                fd = await self._threads.run(_memory_file, self._db)
-            except OSError as exc:
-                log.warning("no copy of the state of images can be left with the keeper: %s", exc)
-                return
-            try:
-                await self._escrow.hold(KEY, "", fd)
-            finally:
-                os.close(fd)
-            self._copied = copied
 
     # --- in a thread ---------------------------------------------------------------------------------
 
@@ -299,32 +278,3 @@ def _record_text(record: ImageRecord) -> str:
 
 def _generation(db: sqlite3.Connection) -> int:
     return state_rows.read_value(db, GENERATION, 0)
-
-
-def _memory_file(db: sqlite3.Connection) -> int:
-    content = db.serialize()
-    fd = os.memfd_create("basefs-state", os.MFD_CLOEXEC)
-    try:
-        os.truncate(fd, len(content))
-        view = memoryview(content)
-        while view:
-            view = view[os.pwrite(fd, view, len(content) - len(view)) :]
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _read_held(held: HeldFd) -> tuple[sqlite3.Connection, list[ImageEntry]] | None:
-    """What was left in escrow; None if it cannot be read."""
-    try:
-        content = os.pread(held.fd, os.fstat(held.fd).st_size, 0)
-    finally:
-        os.close(held.fd)
-    try:
-        copy = state_rows.in_memory(content)
-        state_rows.prepare(copy)
-        return copy, state_rows.read_entries(copy)
-    except (sqlite3.Error, LookupError, ValueError, TypeError, AttributeError) as exc:
-        log.warning("the state of images that the keeper kept is damaged: %s", exc)
-        return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trio
 
-from basefs.cache import state_db
+from basefs.cache import state_copy
 from basefs.cache.state_db import StateDatabase
 from basefs.catalog.glance_catalog import Catalog
 from basefs.concurrency.threads import BlockingCalls
@@ -32,7 +32,7 @@ async def open_database(cache_dir: Path, channel: KeeperChannel) -> StateDatabas
     Raises:
         CacheError: there is neither.
     """
-    held = channel.take(state_db.KEY)
+    held = channel.take(state_copy.KEY)
     numbers_from = 0
     with trio.move_on_after(LISTING_WAIT_S if held else float("inf")):
         numbers_from = await trio.to_thread.run_sync(_highest_number, cache_dir / "chunks", abandon_on_cancel=True)

@@ -56,12 +56,22 @@ class GlanceSession(session.Session):
             kwargs["stream"] = False
         is_to_glance = kwargs.get("endpoint_filter") is not None or kwargs.get("endpoint_override") is not None
         kind = request_kind(url, kwargs.get("headers"), is_to_glance=is_to_glance)
+        # After a 401 or a redirect keystoneauth asks again, and leaves the answer before open: with a stream, the
+        # connection, too.
+        answers: list[requests.Response] = []
+        kwargs["hooks"] = {"response": lambda answer, **_kwargs: answers.append(answer)}
         began = time.monotonic()
+        response: requests.Response | None = None
         try:
-            response: requests.Response = super().request(url, method, **kwargs)
+            response = super().request(url, method, **kwargs)
         except (ksa.ClientException, requests.RequestException, OSError) as exc:
             self.stats.add(kind, getattr(exc, "http_status", None) or None, time.monotonic() - began)
             raise
+        finally:
+            for answer in answers:
+                if answer is not response:
+                    answer.close()
+            answers.clear()  # they know the hook, which knows the list
         self.stats.add(kind, response.status_code, time.monotonic() - began)
         if is_to_glance and response.status_code not in _GATEWAY_STATUSES:
             self.answered_at = time.monotonic()

@@ -127,6 +127,12 @@ class MisbehavingFront:
         scheme = "http" if self._certfile is None else "https"
         return f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
 
+    @property
+    def open_connections(self) -> int:
+        """How many a client has open, idle ones too."""
+        assert self._server is not None
+        return self._server.open_connections
+
     def conf_lines(self) -> str:
         """The [glance] section of a basefs.conf that reaches this front."""
         return f"[glance]\nauth_type = none\nendpoint_override = {self.url}\n"
@@ -215,6 +221,10 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[http.server.BaseHTTPRequestHandler]) -> None:
         self._open: set[socket.socket] = set()
         super().__init__(address, handler)
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._open)
 
     def process_request(self, request: socket.socket, client_address: object) -> None:
         self.front.connections += 1

@@ -1,6 +1,9 @@
 """When the next server starts and what it is given: pure decisions, with times as numbers."""
 
-from basefs.keeper_restarts import BACKOFF_MAX_S, RESEND_WAIT_MAX_S, STEADY_S, Restarts
+from types import SimpleNamespace
+
+from basefs.keeper_restarts import BACKOFF_MAX_S, RESEND_WAIT_MAX_S, STEADY_S, Restarts, StartFailures
+from basefs.keeper_upgrade import Stage, Upgrade
 from basefs.keeper_watchdog import TICKS, Watchdog
 
 HELD_BACK = "servers died soon"
@@ -113,3 +116,67 @@ def test_a_keeper_that_was_stopped_for_hours_finds_one_tick_late():
     assert watchdog.due_s == 36_002.0
     watchdog.pong(2)
     assert all(watchdog.tick(36_002.0 + n) is not None for n in range(TICKS))
+
+
+# -- servers that do not come to serve
+
+
+def test_files_are_suspected_after_three_servers_that_read_them_and_never_served(expected_warnings):
+    expected_warnings("exit code 1; trying again")
+    expected_warnings("no memory; trying again")
+    failures = StartFailures()
+    for _ in range(2):
+        failures.not_served("exit code 1")
+    failures.not_started("no memory")
+    assert failures.suspicion == ""
+    failures.not_served("exit code 1")
+    assert failures.suspicion == "exit code 1"
+    failures.served()
+    assert failures.suspicion == ""
+
+
+def test_the_same_trouble_is_told_once_until_a_server_serves(expected_warnings, caplog):
+    expected_warnings("trying again")
+    expected_warnings("is not usable")
+    failures = StartFailures()
+    for _ in range(3):
+        failures.not_served("exit code 1")
+        failures.loaded_with("no such option")
+    assert len(caplog.records) == 2
+    failures.served()
+    failures.not_served("exit code 1")
+    failures.loaded_with("")
+    failures.loaded_with("no such option")
+    assert len(caplog.records) == 4
+
+
+# -- whose turn it is in an upgrade
+
+
+def an_upgrade(stage: Stage = "stopping") -> Upgrade:
+    server = SimpleNamespace(pid=1, version="1", loaded={})
+    upgrade = Upgrade(server, server, lambda _: None)
+    upgrade.stage = stage
+    return upgrade
+
+
+def test_an_upgrade_goes_to_the_candidate_then_to_the_old_version_then_to_nobody(expected_warnings):
+    expected_warnings(r"the new server failed \(exit code 3\); the old version takes over")
+    upgrade = an_upgrade()
+    assert upgrade.next_holder("", has_standby=True) == "candidate"
+    assert upgrade.next_holder("exit code 3", has_standby=True) == "standby"
+    assert upgrade.next_holder("signal SIGKILL", has_standby=True) is None
+    assert upgrade.failure == "exit code 3"
+
+
+def test_a_candidate_that_failed_meanwhile_is_passed_over(expected_warnings):
+    expected_warnings("the old version takes over")
+    upgrade = an_upgrade()
+    upgrade.failure = "exit code 3"
+    assert upgrade.next_holder("", has_standby=True) == "standby"
+
+
+def test_without_a_standby_there_is_no_way_back():
+    upgrade = an_upgrade("taking over")
+    assert upgrade.next_holder("exit code 3", has_standby=False) is None
+    assert upgrade.failure == "exit code 3"

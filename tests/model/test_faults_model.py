@@ -101,6 +101,22 @@ def difference(of: Image | LowerFile, offset: int, got: bytes, wanted: bytes) ->
     return f"{type(of).__name__}: {len(got)} bytes for {len(wanted)} at {offset}; {place}"
 
 
+def copied_by_the_kernel(view: memoryview) -> bytes:
+    """The mapped bytes. OSError (EFAULT) where an access of our own would be SIGBUS.
+
+    And that keeps the GIL, which the front needs to answer the server that is to bring the page.
+    """
+    fd = os.memfd_create("mapped")
+    try:
+        with view:
+            written = 0
+            while written < len(view):
+                written += os.write(fd, view[written:])
+        return os.pread(fd, written, 0)
+    finally:
+        os.close(fd)
+
+
 class FaultsModel(RuleBasedStateMachine):
     front: MisbehavingFront
     mount: BasefsMount
@@ -180,8 +196,10 @@ class FaultsModel(RuleBasedStateMachine):
             return
         fd, of = self.handles[slot]
         flags = mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED
-        with mmap.mmap(fd, len(of.content), flags=flags, prot=mmap.PROT_READ) as mapped:
-            assert mapped[offset : offset + length] == bytes(of.content[offset : offset + length])
+        wanted = bytes(of.content[offset : offset + length])
+        with mmap.mmap(fd, len(of.content), flags=flags, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as view:
+            got = copied_by_the_kernel(view[offset : offset + length])
+        assert got == wanted, difference(of, offset, got, wanted)
 
     @rule()
     def forget_cached_pages(self) -> None:

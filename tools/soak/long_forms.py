@@ -1,14 +1,18 @@
 """The long forms of tests: the same test functions, told by their environment how many seconds to go on."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from tools.mount import ROOT
+from basefs.keeper_setup import lock_holder
+from tools.mount import ROOT, basefs_mounts
 from tools.soak.context import Soak
 
 GRACE_S = 240.0
@@ -61,10 +65,24 @@ def run_long_forms(soak: Soak, limit_s: float) -> None:
         seconds = round(form.share * limit_s)
         begun = time.monotonic()
         # Short, and not in our own directory: a socket's path has 107 bytes at most.
-        with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+        with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as directory:
             argv = [sys.executable, *form.argv(seconds, directory)]
             environment = {**os.environ, LONG_VARIABLE: str(seconds)}
             done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        output = f"{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
-        error = "" if done.returncode == 0 else f"exit code {done.returncode}:\n{output}"
+            left = _take_away(directory)
+        output = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        error = f"exit code {done.returncode}, mounts left {left}:\n{output}" if done.returncode or left else ""
         soak.no_errors(f"failures of the {form.name} in {time.monotonic() - begun:.0f} s", error)
+
+
+def _take_away(directory: str) -> list[str]:
+    """Unmount what a form that crashed has left mounted there, and end its processes; the mount points."""
+    left = [path for path in basefs_mounts() if path.startswith(directory)]
+    for path in left:
+        holder = lock_holder(Path(path).parent.parent / "cache") or {}
+        subprocess.run(["umount", "-l", path], check=False)
+        for pid in (holder.get("keeper_pid"), holder.get("server_pid")):
+            if isinstance(pid, int):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    return left
