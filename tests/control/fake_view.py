@@ -66,6 +66,12 @@ class FakeView:
                 "damaged_chunks": int(one == "one"), "refetched_chunks": 0, "error": None,
             }  # fmt: skip
 
+    async def drain(self) -> AsyncGenerator[dict[str, Any], None]:
+        step = {"image_id": "one", "base_name": "a" * 40, "size": SIZE, "in_use": "open", "error": None}
+        yield step | {"cached_bytes": 0, "state": "completing"}
+        yield step | {"cached_bytes": SIZE, "state": "graduated"}
+        yield {"state": "ended"}
+
     async def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
         """`one` has something of everything; the others nothing."""
         image = self.image(ref)

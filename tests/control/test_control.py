@@ -51,6 +51,11 @@ async def test_the_map_of_an_image_comes_in_the_cells_that_were_asked_for(view, 
     assert got == await view.image_map(ref, cells_max=700)
 
 
+async def test_the_progress_of_a_drain_comes_to_its_end(view, path):
+    steps = await trio.to_thread.run_sync(lambda: list(ControlClient(path).drain()))
+    assert [step["state"] for step in steps] == ["completing", "graduated", "ended"]
+
+
 @pytest.mark.parametrize("cells_max", [0, -1, 16385, 10**30, "", "1_0", "x", "\u0661"])
 async def test_a_map_of_no_cells_or_of_too_many_is_refused(view, path, cells_max):
     with pytest.raises(errors.ControlError, match="is no number from 1 to 16384"):
