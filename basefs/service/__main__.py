@@ -11,7 +11,7 @@ from basefs.service import process
 
 def _import_main() -> Callable[[], int]:
     # Until everything stands (`server.py` turns it on): the collector walked all modules again and again while they
-    # were imported, for a tenth of the time to start. Not where the package is imported: its tests' process lost it, too.
+    # were imported, for a tenth of the time to start. Here, for tests import modules of this package, and lost it, too.
     gc.disable()
     # Late: it imports for a second and more, and a standby whose keeper dies meanwhile must not stay.
     from basefs.service.start import main
