@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from basefs import errors
+from basefs.cache.bringing import ImageBringing
 from basefs.cache.chunk_file import ChunkFile
 from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
@@ -65,6 +66,7 @@ class ImageFetcher:
         self._transfers = ImageTransfers(
             entry, self._ledger, self._board, self._flights, self._deliveries, self.whole, services
         )
+        self._bringing = ImageBringing(entry, self._ledger, self._transfers, self._deliveries, services)
         self._readers = 0
         self._no_readers = trio.Event()
         # With nothing to check the chunk file's own: a hit costs one call.
@@ -221,7 +223,7 @@ class ImageFetcher:
             else:
                 try:
                     with self._services.readers.waiting():
-                        memory |= await self._wait_for(absent)
+                        memory |= await self._transfers.wait_for(absent)
                 except errors.BasefsError as exc:
                     last_error[:] = [exc]
                     if not _may_pass(exc, patient=patient):
@@ -235,18 +237,6 @@ class ImageFetcher:
             return {}
         found = {index: unstored.get(self.entry.number, index) for index in absent}
         return {index: chunk for index, chunk in found.items() if chunk is not None}
-
-    async def _wait_for(self, absent: list[int], *, keeps: bool = True) -> dict[int, bytes]:
-        """Have `absent` chunks fetched and wait; those that are not in the cache are returned (see `Waiter`)."""
-        waiter = self._board.add(absent, keeps=keeps)
-        try:
-            self._transfers.demand(absent)
-            await waiter.done.wait()
-        finally:
-            self._board.leave(waiter)
-        if waiter.error is not None:
-            raise copy.copy(waiter.error)
-        return waiter.unstored
 
     async def _assemble(
         self, span: range, offset: int, length: int, memory: dict[int, bytes | memoryview]
@@ -327,24 +317,7 @@ class ImageFetcher:
 
     async def _bring(self, bytes_max: int) -> int:
         """As `fetch_background`, also while the image is sealed."""
-        if not self.is_streamed:
-            fetched = await self._transfers.background(max(1, bytes_max // self.chunk_bytes))
-            if not fetched:
-                await self._wait_for_others()
-            return fetched
-        missing = self.size - self._ledger.cached_bytes
-        if missing:
-            await self._services.readers.wait_none()
-            async with self._services.evictor.room(missing, background_for=self.entry.number) as room:
-                self._deliveries.check_storable(room, missing)
-            await self._transfers.stream_whole()
-        return missing
-
-    async def _wait_for_others(self) -> None:
-        """Return when what is on its way by others has come, or will not come by them."""
-        absent = self._ledger.absent(range(len(self._ledger.states)))
-        if absent and await self._wait_for(absent, keeps=False):
-            raise errors.CacheError(f"image {self.entry.image_id}: it could not be kept")
+        return await self._bringing.bring(bytes_max)
 
     async def wait_retry(self) -> None:
         """Return when a try may be made after a failed one."""

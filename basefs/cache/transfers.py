@@ -50,6 +50,23 @@ class ImageTransfers:
         self._policy = ReadaheadPolicy.for_chunks(ledger.chunk_bytes, services.request_bytes_max)
         self._hole = range(0)
 
+    async def wait_for(self, absent: list[int], *, keeps: bool = True) -> dict[int, bytes]:
+        """Have `absent` chunks fetched and wait; those that are not in the cache are returned (see `Waiter`).
+
+        Raises:
+            BasefsError: why they will not come by themselves.
+        Cancellation: at any time; transfers under way go on.
+        """
+        waiter = self._board.add(absent, keeps=keeps)
+        try:
+            self.demand(absent)
+            await waiter.done.wait()
+        finally:
+            self._board.leave(waiter)
+        if waiter.error is not None:
+            raise copy.copy(waiter.error)
+        return waiter.unstored
+
     # --- starting flights -------------------------------------------------------------------------------
 
     def demand(self, absent: list[int]) -> None:

@@ -193,8 +193,8 @@ _COMPLETING = [
         default=2,
         min=0,
         max=32,
-        help="Requests in flight by which images in use are completed in the background; 0: they are not completed. "
-        "Nothing is begun while a read waits.",
+        help="Requests in flight by which images in use are completed in the background; 0: only those are that nova's "
+        "pre-cache call asked for, and those that turned out wrong. Nothing is begun while a read waits.",
     ),
     cfg.IntOpt(
         "hydrate_max_bytes_s",

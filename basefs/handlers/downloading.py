@@ -347,6 +347,7 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         """See the base class."""
         image = await self.downloaded_image(entry)
         await image.fetcher.store_header(header)
+        self.uses_changed()  # it may be in use for long, and can be brought only now that it was checked
 
     def warm(self, entry: ImageEntry) -> None:
         """See the base class."""

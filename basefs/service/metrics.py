@@ -140,6 +140,9 @@ class Metrics:
         yield "basefs_cache_misses_total", (), parts.operations.misses
         yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes
         yield "basefs_cache_damaged_chunks_total", (), parts.counters.damaged_chunks
+        yield "basefs_hydrated_bytes_total", (), parts.counters.hydrated_bytes
+        yield "basefs_verified_images_total", (), parts.counters.verified_images
+        yield "basefs_hash_mismatches_total", (), parts.counters.mismatches
 
         yield from self._space()
         if parts.integrity.scrubber is not None:
@@ -196,6 +199,9 @@ class Metrics:
         yield "basefs_images", ("open",), len(handles)
         yield "basefs_images", ("used_here",), len(used)
         yield "basefs_images", ("graduated",), sum(1 for entry in entries if entry.local.is_graduated)
+        yield "basefs_images", ("hydrating",), handler.warmer.hydrating
+        for whole in ("verified", "refetching", "quarantined"):
+            yield "basefs_images", (whole,), sum(1 for entry in entries if entry.local.whole == whole)
         yield "basefs_open_handles", (), sum(handles.values())
         for entry in used[:IMAGES_MAX]:
             labels = (entry.image_id,)

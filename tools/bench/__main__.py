@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import boot, cached, link, nova_boot, qcow2, restart, scale, verify
+from tools.bench import boot, cached, hydrate, link, nova_boot, qcow2, restart, scale, verify
 from tools.bench.report import Report
 from tools.mount import ROOT
 
@@ -18,6 +18,7 @@ PARTS: dict[str, Callable[[Report, Path], None]] = {
     "scale": scale.run,
     "restart": restart.run,
     "verify": verify.run,
+    "hydrate": hydrate.run,
     "nova": nova_boot.run,
 }
 

@@ -51,7 +51,12 @@ STATS = (
         kind="stat",
         red_from=1,
     ),
-    Panel(title="Images open", queries=(('sum(basefs_images{what="open",@})', ""),), kind="stat"),
+    Panel(
+        title="Images quarantined",
+        queries=(('sum(basefs_images{what="quarantined",@})', ""),),
+        kind="stat",
+        red_from=1,
+    ),
     Panel(title="Cache used", queries=(("sum(basefs_cache_used_bytes{@})", ""),), kind="stat", unit="bytes"),
 )
 GRAPHS = (
@@ -68,6 +73,7 @@ GRAPHS = (
         queries=(
             ("sum(rate(basefs_cache_hit_bytes_total{@}[5m]))", "from the cache"),
             ("sum(rate(basefs_glance_received_bytes_total{@}[5m]))", "from Glance"),
+            ("sum(rate(basefs_hydrated_bytes_total{@}[5m]))", "of these to complete images in use"),
         ),
         unit="Bps",
     ),
@@ -143,6 +149,15 @@ GRAPHS = (
             ('rate(process_cpu_seconds_total{job="basefs",@}[5m]) * 1e8', "CPU s/s x 1e8 {{instance}}"),
         ),
         unit="bytes",
+    ),
+    Panel(
+        title="Images",
+        queries=(
+            (
+                'sum by (what) (basefs_images{what=~"open|hydrating|verified|refetching|quarantined",@})',
+                "{{what}}",
+            ),
+        ),
     ),
     Panel(
         title="How much of each image is here",
