@@ -16,6 +16,8 @@ class FakeView:
     def __init__(self) -> None:
         self.holds = 0
         self.kept: list[str] = []
+        self.drains = ["a/b", "one"]
+        self.drain_stops = False
         self.released = trio.Event()
         self.steps_send, self._steps = trio.open_memory_channel[int | Exception](100)
 
@@ -65,6 +67,16 @@ class FakeView:
                 "image_id": one, "size": SIZE, "cached_bytes": SIZE, "checked_bytes": SIZE, "state": "checked",
                 "damaged_chunks": int(one == "one"), "refetched_chunks": 0, "error": None,
             }  # fmt: skip
+
+    async def drain(self) -> AsyncGenerator[dict[str, Any], None]:
+        """`one` cannot be had, and the server stops before the end where `drain_stops` is set."""
+        for image_id, state, error in (("a/b", "graduated", None), ("one", "failed", "no room")):
+            yield {**self._progress(image_id, SIZE, "completing"), "in_use": "open", "error": None}
+            if image_id not in self.drains:
+                continue
+            yield {**self._progress(image_id, SIZE, state), "in_use": "open", "error": error}
+        if not self.drain_stops:
+            yield {"state": "ended"}
 
     async def evict(self, ref: str) -> dict[str, Any]:
         if ref == "open":
