@@ -15,6 +15,7 @@ from basefs.cache.pace import REQUEST_BYTES, Pace
 from basefs.cache.space import CacheLimits
 from basefs.catalog.records import ImageEntry
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.views.choice import Views
 from tests.cache.conftest import CHUNK
 from tests.cache.memory_source import MemorySource
 from tests.cache.services import make_services
@@ -88,7 +89,7 @@ async def hydrated_node(
             nursery, source, directory, limits=limits or CacheLimits(), pace=pace,
             changed=lambda entry: node.note_change(entry),
         )  # fmt: skip
-        handler = DownloadingTemplateImageHandler(directory, CHUNK, services)
+        handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views("raw"))
         node = HydratedNode(handler, services, source)
         node.hydrator = Hydrator(
             node, handler.warmer, node, HydrationSettings(is_on=is_on, delay_s=DELAY_S), services.outage,

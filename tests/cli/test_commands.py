@@ -166,3 +166,36 @@ def test_importing_the_command_line_loads_no_library_that_takes_long():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# --- drain
+
+
+def test_drain_says_what_it_did_and_that_it_is_safe(cli, view):
+    view.drains = ["a/b"]
+    done = cli.run("drain")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "a/b: is in the lower directory",
+        "all 1 images in use are in the lower directory: it is safe to unmount basefs once no file on it is open",
+    ]
+    view.drains = []
+    assert cli.run("drain").stdout.startswith("no image is in use: it is safe to unmount")
+
+
+def test_drain_lists_what_cannot_be_had_and_says_that_it_is_not_safe(cli, view):
+    done = cli.run("drain")
+    assert done.returncode == 1
+    assert "safe" not in done.stdout
+    assert done.stderr.splitlines() == [
+        "basefs: one: not graduated: no room (in use: open)",
+        "basefs: not safe to unmount: 1 of 2 images in use are not in the lower directory",
+    ]
+
+
+def test_a_drain_that_did_not_come_to_its_end_is_not_safe(cli, view):
+    view.drains, view.drain_stops = ["a/b"], True
+    done = cli.run("drain")
+    assert done.returncode == 1
+    assert "safe" not in done.stdout
+    assert "the server stopped before every image was seen to" in done.stderr

@@ -16,6 +16,8 @@ class FakeView:
     def __init__(self) -> None:
         self.holds = 0
         self.kept: list[str] = []
+        self.drains = ["a/b", "one"]
+        self.drain_stops = False
         self.released = trio.Event()
         self.steps_send, self._steps = trio.open_memory_channel[int | Exception](100)
 
@@ -67,10 +69,14 @@ class FakeView:
             }  # fmt: skip
 
     async def drain(self) -> AsyncGenerator[dict[str, Any], None]:
-        step = {"image_id": "one", "base_name": "a" * 40, "size": SIZE, "in_use": "open", "error": None}
-        yield step | {"cached_bytes": 0, "state": "completing"}
-        yield step | {"cached_bytes": SIZE, "state": "graduated"}
-        yield {"state": "ended"}
+        """`one` cannot be had, and the server stops before the end where `drain_stops` is set."""
+        for image_id, state, error in (("a/b", "graduated", None), ("one", "failed", "no room")):
+            yield {**self._progress(image_id, SIZE, "completing"), "in_use": "open", "error": None}
+            if image_id not in self.drains:
+                continue
+            yield {**self._progress(image_id, SIZE, state), "in_use": "open", "error": error}
+        if not self.drain_stops:
+            yield {"state": "ended"}
 
     async def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
         """`one` has something of everything; the others nothing."""

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import trio.testing
 from basefs import errors
 from basefs.cache.chunk_file import data_path, map_path
 from basefs.core.inodes import image_inode
-from basefs.handlers import parts
+from basefs.handlers import making, parts
 from tests.conftest import ExpectedWarnings
 from tests.fakes.escrow import MemoryEscrow
 from tests.handlers.graduation_node import HOST, PATIENCE, Node, a_node, disk_content, qcow2_of
@@ -461,3 +462,88 @@ async def test_a_map_whose_data_became_the_file_counts_for_nothing(tmp_path: Pat
         image = await node.handler.downloaded_image(node.entry)
         assert image.fetcher.cached_bytes == 0
         await node.check_read()
+
+
+# --- a disk that fills up ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A lower directory with room for half of the image."""
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("is_qcow2", [False, True])
+async def test_a_disk_that_is_full_is_left_as_it_was(
+    tmp_path: Path,
+    small_disk: Path,
+    is_qcow2: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    expected_warnings: ExpectedWarnings,
+) -> None:
+    """Somebody else fills it after the look at its free space."""
+    expected_warnings(f"{FAILED}: .*No space left")
+    monkeypatch.setattr(parts, "free_bytes", lambda _fd: 1 << 40)
+    content = disk_content(3, 3000 * 512)
+    stored = qcow2_of(tmp_path, content) if is_qcow2 else None
+    async with a_node(tmp_path, content, lower=small_disk, stored_bytes=stored) as node:
+        await node.open()
+        await node.complete()
+        with pytest.raises(errors.BasefsError, match="No space left"):
+            await node.graduator.graduate(node.entry)
+        node.check_nothing_made()
+        await node.check_read()
+        status = os.statvfs(small_disk)
+        assert status.f_bfree == status.f_blocks
+
+
+async def test_qemu_img_is_ended_when_the_room_becomes_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings(f"{FAILED}: the lower directory's file system has 5 bytes free")
+    free = [1 << 40, 1 << 40, 5]
+
+    async def never_ends(*_arguments: object, **_named: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(making, "convert", never_ends)
+    monkeypatch.setattr(making, "LOOK_S", 0.0)
+    monkeypatch.setattr(parts, "free_bytes", lambda _fd: free.pop(0) if len(free) > 1 else free[0])
+    stored = qcow2_of(tmp_path, bytes(1 << 20))
+    async with a_node(tmp_path, bytes(1 << 20), stored_bytes=stored, reserve_bytes=6) as node:
+        await node.complete()
+        with pytest.raises(errors.CacheError, match="5 bytes free"):
+            await node.graduator.graduate(node.entry)
+        node.check_nothing_made()
+
+
+async def test_the_end_of_the_server_ends_it_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = trio.Event()
+
+    async def never_ends(*_arguments: object, **_named: object) -> None:
+        begun.set()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(making, "convert", never_ends)
+    stored = qcow2_of(tmp_path, bytes(1 << 20))
+    async with a_node(tmp_path, bytes(1 << 20), stored_bytes=stored) as node:
+        await node.complete()
+
+        async def graduate() -> None:
+            with pytest.raises(errors.ControlError, match="shutting down"):
+                await node.graduator.graduate(node.entry)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(graduate)
+            await begun.wait()
+            await node.graduator.stop()
+        node.check_nothing_made()
+        with pytest.raises(errors.ControlError, match="shutting down"):
+            await node.graduator.graduate(node.entry)

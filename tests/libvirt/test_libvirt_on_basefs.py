@@ -10,6 +10,7 @@ from tests.libvirt.boot_sector import SECTOR_BYTES
 from tests.libvirt.conftest import Base
 from tests.libvirt.domain import Domain
 from tests.libvirt.libvirtd import QEMU_GID, QEMU_UID, Libvirt
+from tools.mount import BasefsMount
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.mount, pytest.mark.glance]
 
@@ -101,6 +102,23 @@ def test_hard_reboot_starts_the_domain_again_on_the_same_overlay(domain: Domain,
     domain.virsh("start")
     with domain.console() as console:
         assert console.make_pass() == (1, base.image.pass_hash)
+
+
+def test_a_guest_goes_on_while_its_base_graduates_and_is_removed(
+    domain: Domain, base: Base, mount: BasefsMount
+) -> None:
+    with domain.console() as console:
+        console.make_pass()
+        mount.cli("drain")
+        assert console.make_pass() == (2, base.image.pass_hash)
+        graduated = base.path.rename(base.path.with_name("aside"))
+        assert console.make_pass() == (3, base.image.pass_hash)
+    graduated.rename(base.path)
+    domain.virsh("destroy")
+    domain.virsh("start")  # on the file
+    with domain.console() as console:
+        assert console.make_pass() == (1, base.image.pass_hash)
+    assert_no_complaints(domain.libvirt, base)
 
 
 def test_live_snapshot_is_the_disk_of_that_moment(domain: Domain, base: Base) -> None:
