@@ -44,8 +44,6 @@ class Shape:
     tail_bytes: int = 0
     """The disk ends so many bytes (of whole sectors) before its last cluster does."""
     seed: int = 0
-    cut_bytes: int = 0
-    """The file lacks so many bytes at its end: less than a cluster, and zeros on the disk where that is data."""
 
 
 def packed_bytes(content: bytes, compression: str) -> bytes:
@@ -95,7 +93,7 @@ class Writer:
                 self._entry(index, 0 if shape.has_subclusters else 1, 0xFFFF_FFFF << 32)
             if cluster.kind == "absent" and shape.has_subclusters:
                 self._entry(index, 0, cluster.zero_subclusters << 32)
-        self.data = bytes(self.file[: len(self.file) - shape.cut_bytes])
+        self.data = bytes(self.file)
         self.disk = b"".join(self._shown(index) for index in range(len(clusters)))[: self.size]
 
     def put(self, at: int, value: int) -> None:
@@ -184,7 +182,7 @@ class Writer:
             return cluster.content(self._bytes)
         (entry,) = struct.unpack_from(">Q", self.file, self.entry_at(index))
         offset = entry & 0x00FF_FFFF_FFFF_FE00
-        content = bytearray(self.data[offset : offset + self._bytes].ljust(self._bytes, b"\0"))
+        content = bytearray(self.data[offset : offset + self._bytes])
         if self._shape.has_subclusters:
             step = self._bytes // 32
             for at in range(32):

@@ -60,3 +60,17 @@ async def test_a_data_cluster_that_the_end_of_the_file_cuts_off_goes_on_as_zeros
     for _ in range(2):
         assert_same(await read(view, 0, 1 << 20), disk[: 1 << 20], cut)
         assert_same(await read(view, 2 * 65536 - 1, 1), disk[2 * 65536 - 1 : 2 * 65536], cut)
+
+
+@pytest.mark.parametrize("options", [("cluster_size=2M",), ("cluster_size=2M", "extended_l2=on")])
+async def test_large_l2_tables_are_read_by_the_slice(tmp_path, options):
+    path = tmp_path / "image"
+    create(path, *options, size=40 << 30)
+    places = {0: 1, 9: 2, 17: 3, 33: 4}  # GiB: in different slices of one table
+    io(path, *(f"write -P {value} {at}G 64k" for at, value in places.items()))
+    stored = MemoryStored(path.read_bytes())
+    view = view_of(stored)
+    for at, value in places.items():
+        assert await read(view, at << 30, 4096) == bytes([value]) * 4096
+    assert await read(view, 25 << 30, 4096) == bytes(4096)
+    assert stored.fetched_bytes < 1_000_000
