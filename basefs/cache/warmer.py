@@ -155,7 +155,7 @@ class Warmer:
     async def _complete(self, warming: Warming, fetcher: ImageFetcher) -> None:
         try:
             with fetcher.held():
-                while await fetcher.whole.settle() == "unknown":
+                while await fetcher.whole.settle() not in ("verified", "no_hash"):
                     await self._bring(warming, fetcher)
         except trio.Cancelled:
             fetcher.stop_unwanted()

@@ -17,6 +17,7 @@ import trio
 
 from basefs import errors
 from basefs.cache.deliveries import Deliveries
+from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.ledger import ChunkLedger
@@ -250,6 +251,8 @@ class WholeImage:
                     pass  # by a stream, which has told it
                 except (errors.SourceUnavailableError, errors.SourceCorruptError, errors.SourceForbiddenError):
                     await self._deliveries.gate.wait()
+                except errors.CacheError:
+                    await trio.sleep(DISK_RETRY_S)  # what is not in the cache cannot be hashed, so it is not served
                 except errors.BasefsError as exc:
                     failures.append(exc)
                     all_work.cancel()

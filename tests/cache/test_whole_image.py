@@ -1,6 +1,7 @@
 """Whole images: hashed when all is here, fetched again when the hash is wrong, quarantined when it stays so."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from basefs import errors
-from basefs.cache.chunk_file import open_chunk_file
+from basefs.cache.chunk_file import ChunkFile, open_chunk_file
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.cache.whole_image import digest_of
 from basefs.catalog.records import ImageEntry
@@ -138,7 +139,7 @@ async def test_no_byte_is_served_while_an_image_is_fetched_again(
         with pytest.raises(errors.ImageQuarantinedError, match="fetched again"):
             await fetcher.read(0, 100, deadline_s=15.0, patient=is_patient)
         source.hold.set()
-        assert await fetcher.read(0, len(image), deadline_s=15.0, patient=is_patient) == image
+        assert await fetcher.read(0, len(image), deadline_s=math.inf, patient=is_patient) == image
         assert entry.local.whole == "verified"
 
 
@@ -269,7 +270,31 @@ async def test_a_refetch_waits_through_failures_and_so_do_its_readers(
             tasks.start_soon(fetcher.whole.settle)
             await fetcher.whole._changed.wait()
             assert entry.local.whole == "refetching"
-            assert await fetcher.read(0, len(image), deadline_s=300.0, patient=True) == image
+            assert await fetcher.read(0, len(image), deadline_s=math.inf, patient=True) == image
+
+
+async def test_a_refetch_waits_for_a_cache_disk_that_fails(
+    fetchers: Fetchers, source: MemorySource, image: bytes, clock: trio.testing.MockClock,
+    expected_warnings: ExpectedWarnings, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    expected_warnings(SECOND_FETCH)
+    expected_warnings("serving round the cache")
+    entry = hashed_entry(image)
+    source.lie_at, source.lies = len(image) // 2, 1
+    write_piece, failures = ChunkFile.write_piece, [True]
+
+    def failing(file: ChunkFile, offset: int, piece: bytes) -> None:
+        if entry.local.whole == "refetching" and failures:
+            failures.pop()
+            raise errors.CacheError("Input/output error")
+        write_piece(file, offset, piece)
+
+    monkeypatch.setattr(ChunkFile, "write_piece", failing)
+    async with fetchers(source, entry=entry) as fetcher, trio.open_nursery() as tasks:
+        await bring(fetcher)
+        tasks.start_soon(fetcher.whole.settle)
+        await fetcher.whole._changed.wait()
+        assert await fetcher.read(0, len(image), deadline_s=math.inf, patient=True) == image
 
 
 async def test_a_chunk_that_is_lost_makes_the_image_unknown_also_once_it_is_back(

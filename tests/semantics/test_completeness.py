@@ -204,9 +204,9 @@ def test_the_base_of_an_overlay_keeps_its_name(
     image_id = front.glance.add(SMALL, name="base")
     mount = basefs_mount(front.conf_lines(), OPTIONS, start=False)
     overlay_on(mount, image_id)
+    front.on(f"/{image_id}/file").respond(answers.other_bytes())
     mount.start()
     eventually(lambda: mount.path(image_id).exists())
-    front.on(f"/{image_id}/file").respond(answers.other_bytes())
     eventually(lambda: report(mount, image_id)["state"] == "quarantined")
     front.behave()
     assert errno_of(lambda: mount.path(image_id).read_bytes()) == "EIO"
