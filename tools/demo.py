@@ -102,8 +102,9 @@ def main() -> None:
     story.step("A real Debian 12 guest, made by debootstrap and kept under .cache")
     guest = build()
     story.say(str(guest.disk.relative_to(ROOT)))
-    (ROOT / ".cache").mkdir(exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="demo-", dir=ROOT / ".cache"))
+    cache = (ROOT / ".cache").resolve()  # as the mount table has it
+    cache.mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="demo-", dir=cache))
     try:
         story.step("A real Glance, on loopback")
         with Rig(scratch / "rig") as rig:

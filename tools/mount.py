@@ -75,7 +75,12 @@ class BasefsMount:
         self.conf_path.chmod(0o600)
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            with contextlib.suppress(MountError):  # the first error says what is wrong
+                self.stop()
+            raise
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,12 +189,19 @@ def test_doctor_sees_a_glance_that_is_away(basefs_mount):
     assert "ranges" not in findings
 
 
-def test_doctor_sees_a_server_that_hangs(mount):
-    os.kill(holder_of(mount)["server_pid"], signal.SIGSTOP)
+def test_status_and_doctor_tell_of_a_server_that_hangs(basefs_mount):
+    """Side by side: both wait for it."""
+    mount = basefs_mount(options={"watchdog_s": 600.0})
+    status = mount.status()
+    os.kill(status["server_pid"], signal.SIGSTOP)
     try:
-        findings = doctor(mount)
+        with ThreadPoolExecutor(2) as pool:
+            asked, examined = pool.submit(mount.status), pool.submit(doctor, mount)
+            found, findings = asked.result(), examined.result()
     finally:
-        os.kill(holder_of(mount)["server_pid"], signal.SIGCONT)
+        os.kill(status["server_pid"], signal.SIGCONT)
+    assert (found["state"], found["server_pid"]) == ("serving", status["server_pid"])
+    assert "hangs" in found["server_error"]
     assert findings["mount answers"]["status"] == "error"
     assert "hangs" in findings["mount answers"]["detail"]
     assert findings["control socket"]["status"] == "error"
@@ -215,19 +223,6 @@ def test_doctor_reports_a_bad_configuration_and_goes_on(basefs_mount):
     findings = doctor(mount)
     assert "unknown key nonsense" in findings["configuration"]["detail"]
     assert findings["kernel"]["status"] in ("ok", "warning")
-
-
-def test_status_is_the_keepers_while_no_server_answers(basefs_mount, expected_warnings):
-    expected_warnings("server .* died")
-    mount = basefs_mount(options={"watchdog_s": 600.0})
-    status = mount.status()
-    os.kill(status["server_pid"], signal.SIGSTOP)
-    try:
-        found = mount.status()
-        assert (found["state"], found["server_pid"]) == ("serving", status["server_pid"])
-        assert "hangs" in found["server_error"]
-    finally:
-        os.kill(status["server_pid"], signal.SIGKILL)
 
 
 def test_upgrade_tells_what_it_did(mount):

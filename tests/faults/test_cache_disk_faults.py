@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.mount
 
 PART = 64 * 1024
 SIZE = 3 * MIB + 7
+FAILURES = (("EIO", ["read"]), ("EIO", ["write"]), ("ENOSPC", ["write", "create"]))
 PATIENT = {"lookup_deadline_s": 30, "other_io_deadline_s": 60, "cache_min_free_bytes": 0}
 
 
@@ -30,6 +32,16 @@ PATIENT = {"lookup_deadline_s": 30, "other_io_deadline_s": 60, "cache_min_free_b
 def disk(tmp_path: Path) -> Iterator[FaultFs]:
     with FaultFs(backing=tmp_path / "disk", path=tmp_path / "faulty") as mounted:
         yield mounted
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[list[FaultFs]]:
+    """One for each of FAILURES."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(FaultFs(backing=tmp_path / f"disk-{n}", path=tmp_path / f"faulty-{n}"))
+            for n in range(len(FAILURES))
+        ]
 
 
 @pytest.fixture
@@ -70,22 +82,27 @@ def kill_server(cache_dir: Path) -> None:
     os.kill(int(lock_holder(cache_dir)["server_pid"]), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("error", "ops"), [("EIO", ["read"]), ("EIO", ["write"]), ("ENOSPC", ["write", "create"])])
 def test_chunk_files_that_fail_are_gone_round_and_used_again_when_they_are_well(
-    disk: FaultFs, front: MisbehavingFront, basefs_mount: MountFactory, expected_warnings: ExpectedWarnings,
-    error: str, ops: list[str],
-) -> None:  # fmt: skip
+    disks: list[FaultFs], front: MisbehavingFront, basefs_mount: MountFactory, expected_warnings: ExpectedWarnings
+) -> None:
+    """Each failure on a disk of its own: all of them are well again at about the same time, ten seconds later."""
     data, later = os.urandom(SIZE), os.urandom(SIZE)
     first, second = front.glance.add(data), front.glance.add(later)
-    mount = patient_mount(front, basefs_mount, disk.path / "cache")
-    assert is_right(mount.path(first), data)
-    expected_warnings("serving round the cache|serving it round the cache")
-    rule = disk.fail(error, ops=ops, names="cache/chunks/*")
-    assert is_right(mount.path(first), data)
-    assert is_right(mount.path(second), later)
-    assert disk.seen(rule) > 0
-    disk.lift()
-    eventually(lambda: is_cached(front, mount.path(first), data) and is_cached(front, mount.path(second), later))
+    mounts = []
+    for disk, (error, ops) in zip(disks, FAILURES, strict=True):
+        options = PATIENT | {"cache_dir": disk.path / "cache"}
+        mount = basefs_mount(front.conf_lines(), options, name=disk.path.name + "-mount")
+        mounts.append(mount)
+        assert is_right(mount.path(first), data)
+        expected_warnings("serving round the cache|serving it round the cache")
+        rule = disk.fail(error, ops=ops, names="cache/chunks/*")
+        assert is_right(mount.path(first), data)
+        assert is_right(mount.path(second), later)
+        assert disk.seen(rule) > 0
+        disk.lift()
+    for mount in mounts:
+        paths = mount.path(first), mount.path(second)
+        eventually(lambda paths=paths: is_cached(front, paths[0], data) and is_cached(front, paths[1], later))
 
 
 def test_a_disk_that_turns_read_only_and_a_server_that_is_killed_on_it(

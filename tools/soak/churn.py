@@ -72,7 +72,8 @@ def _upheaval(soak: Soak, mount: BasefsMount, images: list[str], seconds: float)
         return mount.cli("upgrade", check=False).returncode == 0
 
     def evict() -> bool:
-        return mount.cli("image", "evict", rng.choice(images), check=False).returncode == 0
+        """Refused: the readers have all images open."""
+        return "is open" in mount.cli("image", "evict", rng.choice(images), check=False).stderr
 
     def unlink() -> bool:
         rng.choice(paths).unlink()
@@ -83,7 +84,7 @@ def _upheaval(soak: Soak, mount: BasefsMount, images: list[str], seconds: float)
         "kill -9": (Killer(mount), 5.0, 15.0),
         "SIGSTOP": (lambda: signal_server(mount, signal.SIGSTOP), 20.0, 40.0),
         "upgrade": (upgrade, 8.0, 20.0),
-        "evict": (evict, 2.0, 6.0),
+        "evict, refused": (evict, 2.0, 6.0),
         "unlink": (unlink, 1.0, 3.0),
     }
     readers = FioReaders(paths, direct=READERS, buffered=READERS, seconds=seconds)
