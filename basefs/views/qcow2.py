@@ -82,7 +82,7 @@ class Qcow2View:
                 extents += _extents(layout, table, begin, min(end, number + 1 << shift))
         except Qcow2TableError:  # `read` says so
             return None
-        return self._hit_of(layout, extents, end - offset)
+        return self._hit_of(extents, end - offset)
 
     def _table_of(self, layout: Qcow2Layout, number: int) -> "array[int] | None":
         """The slice with this number, if it is in memory. Kept at hand: reads come in neighbourhoods."""
@@ -91,14 +91,14 @@ class Qcow2View:
             self._last = number, layout, table
         return table
 
-    def _hit_of(self, layout: Qcow2Layout, extents: list[Extent], size: int) -> memoryview | bytes | None:
+    def _hit_of(self, extents: list[Extent], size: int) -> memoryview | bytes | None:
         if len(extents) == 1:
             extent = extents[0]
             if extent.kind == DATA:
                 return self._stored_hit(extent.host, size)
             if extent.kind == ZEROS:
                 return _zeros[:size]
-            cluster = self._clusters.at_once(self._stored, self._number, layout, extent)
+            cluster = self._memory.clusters.get((self._number, extent.host, extent.packed_length))
             return None if cluster is None else memoryview(cluster)[extent.at : extent.at + size]
         if len(extents) > HIT_EXTENTS_MAX:
             return None

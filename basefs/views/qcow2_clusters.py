@@ -4,7 +4,6 @@ Owned by the trio loop. A cluster that is on its way belongs to the reader that 
 again themselves when that reader gave up or failed: so none waits longer, or less, than it would alone.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,6 @@ from basefs.views.stored import ByteSource
 
 THREADS_MAX = 4
 """As qemu has."""
-AT_ONCE_BYTES_MAX = 64 * 1024
-"""Clusters up to this size may be inflated in the loop: it takes as long as a hit of 1 MiB."""
-AT_ONCE_SHARE_MAX = 2 / 3
-"""The share of the loop's time that may go into that."""
 BATCH_BYTES_MIN = 128 * 1024
 """Inflated bytes a thread is woken for: 128 KiB take about 0.5 ms, the way to a thread and back 0.1 ms."""
 READ_BYTES_MAX = 1 << 20
@@ -50,33 +45,7 @@ class ClusterReader:
     def __init__(self, memory: Qcow2Memory) -> None:
         self._memory = memory
         self._threads = BlockingCalls("inflate", threads_max=THREADS_MAX)
-        self._not_at_once_before = 0.0
         self._on_their_way: dict[ClusterKey, trio.Event] = {}
-
-    def at_once(self, stored: ByteSource, number: int, layout: Qcow2Layout, extent: Extent) -> bytes | None:
-        """The whole cluster of a PACKED extent, if it can be had without an await: kept, or inflated here and now.
-
-        Inline: inflating 64 KiB takes 225 us, and the way to a thread and back costs 146 us more of CPU (270 of waiting
-        on a busy machine). What comes faster than AT_ONCE_SHARE_MAX allows goes to the threads, so the loop stays free.
-        """
-        key = number, extent.host, extent.packed_length
-        cluster = self._memory.clusters.get(key)
-        if cluster is not None:
-            return cluster
-        began = time.monotonic()
-        if layout.cluster_bytes > AT_ONCE_BYTES_MAX or began < self._not_at_once_before or key in self._on_their_way:
-            return None
-        packed = stored.hit(extent.host, extent.packed_length)
-        if packed is None:
-            return None
-        try:
-            cluster = inflate(packed, layout.cluster_bytes, layout.compression)
-        except ValueError:  # `read` says so
-            return None
-        self._memory.clusters[key] = cluster
-        now = time.monotonic()
-        self._not_at_once_before = now + (now - began) * (1 / AT_ONCE_SHARE_MAX - 1)
-        return cluster
 
     async def read(
         self, stored: ByteSource, entry: ImageEntry, layout: Qcow2Layout, extents: Sequence[Extent], limit: ReadLimit

@@ -1,7 +1,6 @@
 """What a view does beside the right bytes: few round trips, work done once, nothing stale, waits that end."""
 
 import gc
-import math
 
 import pytest
 import trio
@@ -104,40 +103,6 @@ async def test_a_compressed_cluster_is_inflated_once_however_many_want_it(inflat
     assert bytes(view.hit(5, 100) or b"") == PACKED.disk[5:105], "it is kept"
     assert await read(view, 0, len(PACKED.disk)) == PACKED.disk
     assert sum(inflations) == 24
-
-
-async def test_one_small_cluster_is_inflated_at_once_while_the_loop_has_time_for_it(inflations):
-    stored = MemoryStored(PACKED.data)
-    stored.warm_up()
-    view = view_of(stored)
-    await read(view, 0, 1)
-    clusters = view._clusters
-    clusters._not_at_once_before = 0.0
-    assert bytes(view.hit(5 * CLUSTER + 7, 100) or b"") == PACKED.disk[5 * CLUSTER + 7 :][:100]
-    assert clusters._not_at_once_before > 0, "it took its share of the loop's time"
-    clusters._not_at_once_before = math.inf
-    assert view.hit(6 * CLUSTER, 100) is None, "no more for now"
-    assert bytes(view.hit(5 * CLUSTER, 100) or b"") == PACKED.disk[5 * CLUSTER :][:100], "it is kept"
-    threads = sum(inflations)
-    assert await read(view, 6 * CLUSTER, 100) == PACKED.disk[6 * CLUSTER :][:100]
-    assert sum(inflations) == threads + 1
-    clusters._not_at_once_before = 0.0
-    assert view.hit(7 * CLUSTER, 2 * CLUSTER) is None, "not two"
-
-
-async def test_a_large_or_a_damaged_cluster_is_not_inflated_at_once():
-    large = Writer(Shape(cluster_bits=17), [Cluster(kind="packed", seed=1)] * 2)
-    damaged = bytearray(PACKED.data)
-    entry = int.from_bytes(damaged[PACKED.entry_at(3) :][:8], "big")
-    place = entry & (1 << 54) - 1
-    damaged[place : place + 512] = bytes(512)
-    for data, offset in ((large.data, 1 << 17), (bytes(damaged), 3 * CLUSTER)):
-        stored = MemoryStored(data)
-        stored.warm_up()
-        view = view_of(stored)
-        await read(view, 0, 1)
-        view._clusters._not_at_once_before = 0.0
-        assert view.hit(offset, 100) is None
 
 
 async def test_who_waits_for_anothers_cluster_looks_again_when_that_one_gives_up():
