@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import boot, cached, graduated, hydrate, link, nova_boot, qcow2, restart, scale, verify
+from tools.bench import boot, cached, graduated, guest_boot, hydrate, link, nova_boot, qcow2, restart, scale, verify
 from tools.bench.report import Report
 from tools.mount import ROOT
 
@@ -15,6 +15,7 @@ PARTS: dict[str, Callable[[Report, Path], None]] = {
     "link": link.run,
     "cached": cached.run,
     "qcow2": qcow2.run,
+    "guest": guest_boot.run,
     "graduated": graduated.run,
     "scale": scale.run,
     "restart": restart.run,
