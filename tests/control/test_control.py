@@ -53,7 +53,7 @@ async def test_the_map_of_an_image_comes_in_the_cells_that_were_asked_for(view, 
 
 async def test_the_progress_of_a_drain_comes_to_its_end(view, path):
     steps = await trio.to_thread.run_sync(lambda: list(ControlClient(path).drain()))
-    assert [step["state"] for step in steps] == ["completing", "graduated", "ended"]
+    assert steps[-1] == {"state": "ended"}
 
 
 @pytest.mark.parametrize("cells_max", [0, -1, 16385, 10**30, "", "1_0", "x", "\u0661"])

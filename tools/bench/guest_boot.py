@@ -1,4 +1,4 @@
-"""A real guest from a compressed qcow2 in Glance: its boot on the cold image beside the same boot on the complete one."""
+"""A real guest from a compressed qcow2 in Glance: its boot on the cold image, and on the complete one."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def run(report: Report, scratch: Path) -> None:
     guest = build()
     disk = packed(guest)
     report.part(
-        "guest", f"Debian 12 under TCG from a compressed qcow2 of {disk.stat().st_size / MB:,.0f} MB, cache=none"
+        "guest", f"Debian 12 (TCG) from a compressed qcow2 of {disk.stat().st_size / MB:,.0f} MB, cache=none"
     )
     with Rig(scratch / "rig") as rig:
         image_id = rig.place(disk, "debian12-packed", "qcow2")
