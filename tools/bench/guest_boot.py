@@ -16,9 +16,7 @@ def run(report: Report, scratch: Path) -> None:
     """Boot cold, bring all of the image, boot again from a new overlay."""
     guest = build()
     disk = packed(guest)
-    report.part(
-        "guest", f"Debian 12 (TCG) from a compressed qcow2 of {disk.stat().st_size / MB:,.0f} MB, cache=none"
-    )
+    report.part("guest", f"Debian 12 (TCG) from a compressed qcow2 of {disk.stat().st_size / MB:,.0f} MB, cache=none")
     with Rig(scratch / "rig") as rig:
         image_id = rig.place(disk, "debian12-packed", "qcow2")
         with BasefsMount(scratch / "mount", rig.conf_lines()) as mount:
