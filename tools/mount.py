@@ -59,6 +59,7 @@ class BasefsMount:
                 "nova_user": "nobody",  # a user that every machine has
                 "metrics_listen": "",  # a port that every mount of a test would want
                 "hydrate_concurrency_max": 0,  # what is fetched is what was read
+                "graduate": False,  # and what was fetched stays in the cache
             },
         }
         for key, value in options.items():

@@ -10,9 +10,12 @@ from basefs import errors
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.control.api import PROGRESS_INTERVAL_S
+from basefs.fuse.attributes import TIMEOUT_S
 from basefs.handlers.graduation import Graduator
 from basefs.handlers.uses import ImageUses
 
+NAMES_KEPT_S = TIMEOUT_S + 0.1
+"""The kernel may resolve a name to the image so long after it became a file: a utime of nova would be lost on it."""
 LOOK_WAIT_S = 30.0
 """A look at the overlays of 1,000 instances takes 0.1 s; of NFS that hangs it takes for ever."""
 
@@ -69,6 +72,7 @@ class Drain:
                     work.scope.cancel()
                 yield self._progress(entry, work)
             await self._see_overlays()
+        await trio.sleep(NAMES_KEPT_S if seen else 0)
         yield {"state": "ended"}
 
     async def _see_overlays(self) -> None:

@@ -31,7 +31,7 @@ class Base:
 @pytest.fixture(scope="package")
 def mount(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BasefsMount]:
     """One mount for the folder: nothing here does harm to it."""
-    with shared_mount(tmp_path_factory.mktemp("libvirt") / "basefs", rig) as mounted:
+    with shared_mount(tmp_path_factory.mktemp("libvirt") / "basefs", rig, {"graduate": True}) as mounted:
         yield mounted
 
 

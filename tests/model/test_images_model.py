@@ -265,7 +265,7 @@ def model(tmp_path: Path) -> Iterator[type[ImagesModel]]:
         # More than the examples take: a failing one is run again and again to make it small.
         contents = [rng.randbytes(size) for size in SIZES]
         pool = iter([front.glance.add(contents[n % len(SIZES)], name=str(n)) for n in range(600)])
-        with front_mount(front, tmp_path / "basefs", {"catalog_refresh_s": 3600}, MAY_LOG) as mount:
+        with front_mount(front, tmp_path / "basefs", {"catalog_refresh_s": 3600, "graduate": False}, MAY_LOG) as mount:
 
             class Bound(ImagesModel):
                 pass

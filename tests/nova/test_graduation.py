@@ -27,7 +27,7 @@ def test_after_drain_and_unmount_nova_finds_what_its_own_download_would_have_lef
     raw, qcow2 = plain_site.upload(raw_file), plain_site.upload(qcow2_file, "qcow2")
     for image_id in (raw, qcow2):
         plain_site.boot(image_id)
-    site = mounted_site(nova, basefs_mount(start=False), rig)
+    site = mounted_site(nova, basefs_mount(options={"graduate": True}, start=False), rig)
     instances = [site.boot(image_id)[0] for image_id in (raw, qcow2)]
     site.mount.cli("drain")
     again, answer = site.boot(raw)
@@ -51,7 +51,7 @@ def test_the_cache_manager_owns_the_file_and_after_it_the_image_is_lazy_again(
 ) -> None:
     image_id = rig.api(NOVA_USER_OF_GLANCE).upload(raw_file, "graduates")
     name = base_name(image_id)
-    site = mounted_site(nova, basefs_mount(start=False), rig)
+    site = mounted_site(nova, basefs_mount(options={"graduate": True}, start=False), rig)
     instance, _ = site.boot(image_id)
     site.mount.cli("drain")
     assert site.control.image(image_id)["state"] == "graduated"

@@ -31,6 +31,7 @@ DISK = disk_content(6, 6000 * 512)
 OLD_NS = 1_600_000_000_000_000_007
 PAGES_BYTES = -(-SIZE // mmap.PAGESIZE) * mmap.PAGESIZE
 SAFE = "it is safe to unmount"
+ON: dict[str, object] = {"graduate": True}
 
 
 def drain(mount: BasefsMount) -> str:
@@ -70,7 +71,7 @@ def test_who_has_an_image_open_goes_on_and_unmounting_leaves_the_file(
     name, with the size, owner, mode and mtime that it was shown with, and its place in the cache is free again.
     """
     content = DISK if way == "convert" else CONTENT
-    options = {"cache_dir": other_disk} if way == "copy" else {}
+    options = ON | ({"cache_dir": other_disk} if way == "copy" else {})
     image_id = rig.upload(qcow2, "graduates", "qcow2") if way == "convert" else rig.upload(content, "graduates", "raw")
     mount = basefs_mount(options=options)
     mount.cache_dir = options.get("cache_dir", mount.cache_dir)
@@ -113,7 +114,7 @@ def test_after_novas_unlink_open_handles_go_on_and_the_name_is_lazy_again(
     """
     expected_warnings(r"died \(signal SIGKILL\)")
     image_id = rig.upload(CONTENT, "unlinked", "raw")
-    mount = basefs_mount()
+    mount = basefs_mount(options=ON)
     path = mount.path(image_id)
     with opened(path, os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, PAGES_BYTES) as pages:
         drain(mount)
@@ -184,7 +185,7 @@ def test_a_server_killed_at_a_step_loses_nothing(
     """
     # strace may take the exit status for itself.
     expected_warnings(r"died \((signal SIGKILL|exit code 0)\)")
-    options = {"cache_dir": other_disk} if way == "copy" else {}
+    options = ON | ({"cache_dir": other_disk} if way == "copy" else {})
     mount = basefs_mount(options=options)
     mount.cache_dir = options.get("cache_dir", mount.cache_dir)
     names: list[str] = []
@@ -237,7 +238,7 @@ def test_a_server_killed_while_qemu_img_writes_leaves_neither_part_nor_process(
     )
     (tools / "qemu-img").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    mount = basefs_mount()
+    mount = basefs_mount(options=ON)
     path = mount.path(image_id)
     part = f".basefs.{base_name(image_id)}.{host_name()}.part"
     with opened(path) as fd:
@@ -273,7 +274,7 @@ def test_what_cannot_be_drained_is_said_with_the_reason(
     """
     expected_warnings("Glance answered 404")
     good, gone = (rig.upload(CONTENT, f"drain {number}", "raw") for number in range(2))
-    mount = basefs_mount()
+    mount = basefs_mount(options=ON)
     with opened(mount.path(good)), opened(mount.path(gone)):
         rig.api().delete(gone)
         done = mount.cli("drain", check=False)
@@ -288,7 +289,7 @@ def test_what_cannot_be_drained_is_said_with_the_reason(
 
 def test_with_graduation_switched_off_drain_names_the_option(basefs_mount: Callable[..., BasefsMount]) -> None:
     """[S1907] With `graduate = false` no image becomes a file, and drain says so."""
-    done = basefs_mount(options={"graduate": False}).cli("drain", check=False)
+    done = basefs_mount().cli("drain", check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "graduate" in done.stderr
 
@@ -306,7 +307,7 @@ def test_overlays_read_the_same_after_drain_and_unmount(
         rig.upload(qcow2, "base", "qcow2"),
         rig.upload(CONTENT, "own"),
     )
-    mount = basefs_mount()
+    mount = basefs_mount(options=ON)
     mount.path(own).touch()
     (mount.mountpoint / "part").write_bytes(b"nova's own")
     (mount.mountpoint / "part").rename(mount.path(own))
@@ -348,7 +349,7 @@ def test_an_image_in_use_becomes_a_file_by_itself(
     and verified.
     """
     image_id, unused = rig.upload(qcow2, "in use", "qcow2"), rig.upload(CONTENT, "not in use", "raw")
-    mount = basefs_mount(options={"hydrate_concurrency_max": 2, "hydrate_delay_s": 0.0})
+    mount = basefs_mount(options=ON | {"hydrate_concurrency_max": 2, "hydrate_delay_s": 0.0})
     path = mount.path(image_id)
     mount.path(unused).read_bytes()
     with opened(path, os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, len(DISK)) as pages:

@@ -24,6 +24,8 @@ MAY_LOG = (
     r"server \d+ (hangs|died)",
     r"upgrade: the new server failed",
     r"the configuration is not usable",
+    # A standby that is killed in the moment in which the session is handed to it.
+    r"the server ended \(signal SIGKILL\) before 'prepared'; trying again",
 )
 
 

@@ -170,7 +170,7 @@ STREAM_FAULTS = [
     ([answers.cut(500_000)], errors.SourceUnavailableError, "IncompleteRead"),
     ([answers.cut_and_reset(500_000)], errors.SourceUnavailableError, "reset"),
     ([answers.reset()], errors.SourceUnavailableError, "reset"),
-    ([answers.other_bytes()], errors.SourceCorruptError, "sha512"),
+    ([answers.other_bytes()], errors.SourceHashError, "sha512"),
 ]
 
 
