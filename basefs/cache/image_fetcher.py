@@ -114,12 +114,8 @@ class ImageFetcher:
             CacheError: some bytes are missing.
         """
         self.check_whole()
-        span = range(len(self._ledger.states))
-        self._ledger.hold(span)
-        try:
+        with self._kept(range(len(self._ledger.states))):
             yield
-        finally:
-            self._ledger.release(span)
 
     @contextmanager
     def whole_file(self) -> Iterator[ChunkFile]:
@@ -176,12 +172,17 @@ class ImageFetcher:
     @contextmanager
     def _reader(self, span: range) -> Iterator[None]:
         """Keeps the chunk file open, and the chunks of `span` in it, while the body runs."""
-        with self.held():
-            self._ledger.hold(span)
-            try:
-                yield
-            finally:
-                self._ledger.release(span)
+        with self.held(), self._kept(span):
+            yield
+
+    @contextmanager
+    def _kept(self, span: range) -> Iterator[None]:
+        """Keeps the chunks of `span` in the cache while the body runs."""
+        self._ledger.hold(span)
+        try:
+            yield
+        finally:
+            self._ledger.release(span)
 
     @contextmanager
     def held(self) -> Iterator[None]:
