@@ -5,6 +5,7 @@ not "absent": while Glance cannot be asked, a name never seen is an error, and a
 from what was stored.
 """
 
+import logging
 from collections.abc import Collection
 
 import cachetools
@@ -18,6 +19,8 @@ from basefs.catalog.refresher import CatalogRefresher
 from basefs.catalog.store import CatalogStore
 from basefs.concurrency.outage import Outage
 from basefs.core.names import is_base_name
+
+log = logging.getLogger(__name__)
 
 ABSENT_FOR_S = 5.0
 _ABSENT_MAX = 10_000
@@ -117,6 +120,19 @@ class Catalog:
         Cancellation: ends this wait only; a refresh under way goes on.
         """
         await self._refresher.refresh(full=full)
+
+    async def wait_known(self) -> None:
+        """Return when something is known: at once but on a node that knows no image yet, which waits for Glance's list.
+
+        `lookup_deadline_s` at most; a list that cannot be had ends the wait, too.
+        """
+        if len(self) or self.refreshed_at is not None:
+            return
+        with trio.move_on_after(self._lookup_deadline_s):
+            try:
+                await self.refresh(full=True)
+            except (errors.SourceError, errors.CacheError) as exc:
+                log.debug("no image is known yet: %s", exc)
 
     async def recheck(self, entry: ImageEntry) -> None:
         """Ask Glance about one image: `record` and `is_gone` are then as it says.

@@ -27,6 +27,10 @@ class ServiceView(Protocol):
         """
         ...
 
+    async def wait_known(self) -> None:
+        """Return when images can be found: a node that was never mounted waits for Glance's list, some seconds."""
+        ...
+
     def images(self) -> list[dict[str, Any]]:
         """Every image of the catalog, as `image` describes one."""
         ...

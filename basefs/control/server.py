@@ -99,12 +99,15 @@ class _Commands:
         return JSONResponse(self._view.status())
 
     async def images(self, _request: Request) -> Response:
+        await self._view.wait_known()
         return JSONResponse(self._view.images())
 
     async def image(self, request: Request) -> Response:
+        await self._view.wait_known()
         return JSONResponse(self._view.image(request.path_params["ref"]))
 
     async def image_map(self, request: Request) -> Response:
+        await self._view.wait_known()
         cells = request.query_params.get("cells", "")
         # Not int(): that takes `1_0` and other scripts' digits.
         if not (cells.isascii() and cells.isdigit() and len(cells) < 6 and 1 <= int(cells) <= MAP_CELLS_MAX):
@@ -112,24 +115,29 @@ class _Commands:
         return JSONResponse(await self._view.image_map(request.path_params["ref"], cells_max=int(cells)))
 
     async def warm(self, request: Request) -> Response:
+        await self._view.wait_known()
         ref = request.path_params["ref"]
         if request.query_params.get("wait", "true") == "true":
             return _ProgressResponse(self._view.warm(ref))
         return JSONResponse(await self._view.start_warm(ref), status_code=202)
 
     async def verify(self, request: Request) -> Response:
+        await self._view.wait_known()
         return _ProgressResponse(self._view.verify(request.path_params.get("ref")))
 
     async def drain(self, _request: Request) -> Response:
         return _ProgressResponse(self._view.drain())
 
     async def evict(self, request: Request) -> Response:
+        await self._view.wait_known()
         return JSONResponse(await self._view.evict(request.path_params["ref"]))
 
     async def pin(self, request: Request) -> Response:
+        await self._view.wait_known()
         return JSONResponse(self._view.pin(request.path_params["ref"], pinned=True))
 
     async def unpin(self, request: Request) -> Response:
+        await self._view.wait_known()
         return JSONResponse(self._view.pin(request.path_params["ref"], pinned=False))
 
 

@@ -116,14 +116,8 @@ class ImageFiles:
             await self._stored(entry)
 
     async def wait_known(self) -> None:
-        """Return when the catalog knows something: at once but for a node's first listing, which waits for Glance's."""
-        if len(self._catalog) or self._catalog.refreshed_at is not None:
-            return
-        with trio.move_on_after(self._settings.lookup_deadline_s):
-            try:
-                await self._catalog.refresh(full=True)
-            except (errors.SourceError, errors.CacheError) as exc:
-                log.debug("a listing without images: %s", exc)
+        """See `Catalog.wait_known`."""
+        await self._catalog.wait_known()
 
     def entry_of(self, number: int) -> ImageEntry:
         """The image with this number.

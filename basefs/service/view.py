@@ -105,6 +105,10 @@ class View:
         counts["read"] = counts.get("read", 0) + self.operations.hits + self.operations.lower_hits
         return counts
 
+    async def wait_known(self) -> None:
+        """See `ServiceView.wait_known`."""
+        await self._catalog.wait_known()
+
     def images(self) -> list[dict[str, Any]]:
         """See `ServiceView.images`."""
         return [self.report(entry) for entry in self._catalog.entries()]

@@ -24,6 +24,9 @@ class FakeView:
     def status(self) -> dict[str, Any]:
         return {"mountpoint": "/base", "state": "serving", "images": 2, "fetched_bytes": 2048}
 
+    async def wait_known(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     def images(self) -> list[dict[str, Any]]:
         return [self.image("one"), self.image("a/b")]
 

@@ -40,6 +40,22 @@ async def test_status_and_images_come_as_the_view_tells_them(view, path):
     assert await call(path, "image", "one") == view.image("one")
 
 
+async def test_commands_about_images_wait_until_a_new_node_knows_some(view, path, monkeypatch):
+    known = trio.Event()
+    monkeypatch.setattr(view, "wait_known", known.wait)
+    answers = []
+
+    async def ask() -> None:
+        answers.append(await call(path, "image", "one"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        assert await call(path, "status") == view.status(), "which does not wait"
+        assert answers == []
+        known.set()
+    assert answers == [view.image("one")]
+
+
 async def test_a_name_with_a_slash_is_a_name(view, path):
     assert (await call(path, "image", "a/b"))["id"] == "a/b"
     assert await call(path, "evict", "a/b") == {"evicted_bytes": 4096}
