@@ -106,7 +106,7 @@ def test_verify(front: MisbehavingFront, basefs_mount: MountFactory, expected_wa
     """
     data, other = os.urandom(SIZE), os.urandom(SIZE)
     image_id, other_id = front.glance.add(data), front.glance.add(other)
-    mount = basefs_mount(front.conf_lines(), PATIENT)
+    mount = basefs_mount(front.conf_lines(), PATIENT | {"scrub_bytes_s": 0})  # which would find it first
     path = mount.path(image_id)
     assert path.read_bytes() == data
     done = verify(mount, image_id)

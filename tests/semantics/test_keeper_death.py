@@ -16,6 +16,7 @@ from basefs.keeper_spec import KeeperSpec, command_line
 from tests.conftest import MountFactory
 from tests.fakes.front import MisbehavingFront
 from tests.keeper.systemd_stand_in import SystemdStandIn
+from tests.semantics.conftest import eventually
 from tools.mount import BasefsMount, base_name
 
 pytestmark = pytest.mark.mount
@@ -76,9 +77,16 @@ def guest() -> Iterator[Guest]:
 
 
 def server_of(mount: BasefsMount) -> int:
-    holder = lock_holder(mount.cache_dir)
-    assert holder is not None
-    return int(holder["server_pid"])
+    """The server that the lock file tells of, once it tells: a keeper notes itself before its server."""
+    told: list[int] = []
+
+    def is_told() -> bool:
+        holder = lock_holder(mount.cache_dir)
+        told[:] = [int(holder["server_pid"])] if holder is not None and holder["server_pid"] is not None else []
+        return bool(told)
+
+    eventually(is_told)
+    return told[0]
 
 
 def test_what_is_open_outlives_keeper_and_server_and_what_is_opened_in_between(
