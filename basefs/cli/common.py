@@ -73,5 +73,5 @@ def columns_of(values: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]
 
 def cell(name: str, value: object) -> object:
     """A table's cell for the value of that name."""
-    is_size = name == "size" or name.endswith("_bytes")
+    is_size = name in ("size", "shown_size") or name.endswith("_bytes")
     return SizeColumn(value) if is_size and (value is None or isinstance(value, int)) else value
