@@ -100,6 +100,17 @@ class RangeNotHonouredError(SourceError):
     """Glance's store does not answer ranges for this image (400, 200, a body longer than asked under a 206)."""
 
 
+# --- volumes ---------------------------------------------------------------------------------------
+
+
+class VolumeError(BasefsError):
+    """Cinder or the host did not do what attaching or detaching a volume needs. Reads go through Glance."""
+
+
+class NoVolumeError(VolumeError):
+    """There is no volume that may be linked for the image; the message is the reason."""
+
+
 # --- the cache -------------------------------------------------------------------------------------
 
 
