@@ -107,7 +107,13 @@ def test_a_warming_that_fails_says_why(cli, view):
 
 
 def test_ctrl_c_stops_a_warming_that_is_waited_for(cli, view):
-    warming = subprocess.Popen(cli.argv("image", "warm", "one"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    warming = subprocess.Popen(
+        cli.argv("image", "warm", "one"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell that runs the suite in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     with warming:
         assert view.is_warming.wait(60)
         warming.send_signal(signal.SIGINT)
