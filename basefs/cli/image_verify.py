@@ -6,6 +6,7 @@ from typing import Any
 
 from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, human_bytes, say_error
 from basefs.cli.progress import progress_reporter
+from basefs.errors import ControlError
 
 
 class ImageVerify(BasefsCommand):
@@ -27,12 +28,17 @@ class ImageVerify(BasefsCommand):
         """0 when nothing was damaged; 1 when something was, or could not be read; 130 after Ctrl-C."""
         results: dict[str, dict[str, Any]] = {}
         last: dict[str, Any] = {}
+        is_ended = False
         try:
             with (
                 closing(self.client().verify(parsed_args.ref)) as steps,
                 progress_reporter(self.app.stdout, "checking", "checked_bytes", "cached_bytes", _describe) as reporter,
             ):
-                for last in steps:
+                for step in steps:
+                    if step["state"] == "ended":
+                        is_ended = True
+                        break
+                    last = step
                     if last["state"] == "checking":
                         reporter.show(last)
                     else:
@@ -41,6 +47,8 @@ class ImageVerify(BasefsCommand):
         except KeyboardInterrupt:
             say_error(f"stopped; {_describe(last)}" if last else "stopped")
             return INTERRUPTED
+        if not is_ended:
+            raise ControlError("the server stopped before every image was checked; see its log, and verify again")
         return self._outcome(list(results.values()))
 
     def _tell(self, result: dict[str, Any]) -> None:

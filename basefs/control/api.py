@@ -59,7 +59,8 @@ class ServiceView(Protocol):
         """Check what is here of the image, or of all images (None), on the disk, while the caller iterates.
 
         Yields about every PROGRESS_INTERVAL_S `image_id`, `size`, `cached_bytes`, `checked_bytes`, `damaged_chunks`,
-        `refetched_chunks`, `error`, `state`; of each image the last one has the state `checked`, or `failed`.
+        `refetched_chunks`, `error`, `state`; of each image the last one has the state `checked`, or `failed`. The
+        very last one has nothing but the state `ended`: without it not every image was checked.
         """
         ...
 

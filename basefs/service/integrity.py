@@ -78,3 +78,4 @@ class Integrity:
                 yield {**asdict(last), "state": "failed", "error": str(exc)}
             else:
                 yield {**asdict(last), "state": "checked"}
+        yield {"state": "ended"}

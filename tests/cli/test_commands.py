@@ -199,6 +199,14 @@ def test_drain_lists_what_cannot_be_had_and_says_that_it_is_not_safe(cli, view):
     ]
 
 
+def test_a_verify_that_did_not_come_to_its_end_is_a_failure(cli, view):
+    assert cli.run("image", "verify", "a/b").returncode == 0
+    view.verify_stops = True
+    done = cli.run("image", "verify", "a/b")
+    assert done.returncode == 1
+    assert "the server stopped before every image was checked" in done.stderr
+
+
 def test_a_drain_that_did_not_come_to_its_end_is_not_safe(cli, view):
     view.drains, view.drain_stops = ["a/b"], True
     done = cli.run("drain")

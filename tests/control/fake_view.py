@@ -18,6 +18,7 @@ class FakeView:
         self.kept: list[str] = []
         self.drains = ["a/b", "one"]
         self.drain_stops = False
+        self.verify_stops = False
         self.released = trio.Event()
         self.steps_send, self._steps = trio.open_memory_channel[int | Exception](100)
 
@@ -70,6 +71,8 @@ class FakeView:
                 "image_id": one, "size": SIZE, "cached_bytes": SIZE, "checked_bytes": SIZE, "state": "checked",
                 "damaged_chunks": int(one == "one"), "refetched_chunks": 0, "error": None,
             }  # fmt: skip
+        if not self.verify_stops:
+            yield {"state": "ended"}
 
     async def drain(self) -> AsyncGenerator[dict[str, Any], None]:
         """`one` cannot be had, and the server stops before the end where `drain_stops` is set."""
