@@ -20,6 +20,7 @@ from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.image_map import ImageCells, cells_of
+from basefs.cache.image_trace import ImageTrace
 from basefs.cache.ledger import STORED, ChunkLedger
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
@@ -68,6 +69,7 @@ class ImageFetcher:
             entry, self._ledger, self._board, self._flights, self._deliveries, self.whole, services
         )
         self._bringing = ImageBringing(entry, self._ledger, self._transfers, self._deliveries, services)
+        self.trace = ImageTrace(entry, self._ledger, self._flights, self._transfers, self._deliveries, services)
         self._readers = 0
         self._no_readers = trio.Event()
         # With nothing to check the chunk file's own: a hit costs one call.
@@ -211,6 +213,8 @@ class ImageFetcher:
                 seals = self.whole.seals
             for marker, chunks in self._ledger.touch(span):
                 self._transfers.read_ahead(marker, chunks)
+            if fresh := self._ledger.first_touches(span):
+                self.trace.touched(span, fresh, by_guest=patient)
             memory |= await self._verifier.verify(span)
             absent = [index for index in self._ledger.absent(span) if index not in memory]
             if absent and (kept := self._unstored(absent)):
@@ -372,6 +376,7 @@ class ImageFetcher:
 
     async def close(self) -> None:
         """Give the chunk file back once nothing is under way; transfers are stopped, readers waited for."""
+        await self.trace.close()
         while self.is_busy:
             await self.whole.close()
             self._flights.stop()

@@ -1,4 +1,4 @@
-"""A fixed number of slots; demand goes before what is ahead of it, that before background; background leaves the most."""
+"""A fixed number of slots; demand goes first, then what is ahead of it, then background, which leaves the most free."""
 
 from collections import deque
 from collections.abc import AsyncIterator

@@ -23,6 +23,9 @@ from basefs.core.boot_trace import UNIT_BYTES
 GAP_BYTES = 128 * 1024
 REQUEST_BYTES_MAX = 4 << 20
 """As hydration's (`cache/pace.py`). Smaller ones are more: 110 of 2 MiB instead of 107."""
+STRAYED_MAX = 64
+"""Chunks outside the trace that readers come to in a row, 4 MiB at 64 KiB, before the rest of it is not fetched: half
+of what is fetched ahead at a time, and more than any one file that a boot reads another time."""
 
 
 def requests_for(units: Iterable[int], *, size: int, chunk_bytes: int) -> list[range]:
@@ -49,10 +52,12 @@ def requests_for(units: Iterable[int], *, size: int, chunk_bytes: int) -> list[r
 
 
 class TracePlan:
-    """Requests that were not made yet, in order."""
+    """Requests that were not made yet, in order; none once readers have left the trace."""
 
-    def __init__(self, requests: Iterable[range]) -> None:
+    def __init__(self, requests: Iterable[range] = ()) -> None:
         self._left = list(requests)[::-1]
+        self._chunks = frozenset(chunk for request in self._left for chunk in request)
+        self._strayed = 0
 
     def __len__(self) -> int:
         """Requests that are left."""
@@ -65,6 +70,17 @@ class TracePlan:
     def around(self, index: int) -> range | None:
         """The request that has chunk `index` in it; it stays until `next` comes to it."""
         return next((chunks for chunks in self._left if index in chunks), None)
+
+    def saw(self, chunks: Iterable[int]) -> None:
+        """Readers came to `chunks`. STRAYED_MAX in a row that the trace does not have: it is of another boot."""
+        for chunk in chunks:
+            self._strayed = 0 if chunk in self._chunks else self._strayed + 1
+        if self._strayed >= STRAYED_MAX:
+            self.clear()
+
+    def clear(self) -> None:
+        """Nothing more is to be fetched ahead."""
+        self._left.clear()
 
 
 def missing_around(states: bytes | bytearray, index: int, chunks: range) -> range:
