@@ -163,6 +163,11 @@ class ImageTrace:
             self._begin_replay()
             self._is_asked = self._replaying is not None
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether a replay is under way that goes on."""
+        return self._replaying is not None
+
     async def wait_replayed(self) -> None:
         """Return when no replay is under way that goes on."""
         while self._replaying is not None:

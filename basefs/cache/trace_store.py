@@ -16,7 +16,7 @@ from basefs.catalog.records import ImageEntry
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.boot_trace import BootTrace, TracedImage, merged
 from basefs.core.names import is_base_name
-from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace, trace_bytes, why_of_other_image
+from basefs.core.trace_file import FILE_BYTES_MAX, trace_bytes, trace_for
 from basefs.observability import ConditionLog
 
 log = logging.getLogger(__name__)
@@ -61,21 +61,17 @@ class TraceStore:
 
     async def read(self, entry: ImageEntry) -> BootTrace | None:
         """The image's trace; None where there is none that is of its bytes."""
+        image, why = traced_image(entry), ""
         try:
-            data = await self._disk.run(_read, self._path(entry))
+            return await self._disk.run(_read, self._path(entry), image)
+        except FileNotFoundError:
+            self._names.discard(entry.base_name)
+            return None
         except OSError as exc:
             log.debug("boot trace of image %s: %s", entry.image_id, exc)
             return None
-        if data is None:
-            self._names.discard(entry.base_name)
-            return None
-        try:
-            trace = parse_trace(data)
-            why = why_of_other_image(trace, traced_image(entry))
         except ValueError as exc:
             why = str(exc)
-        if why is None:
-            return trace
         self._told.begins(
             entry.base_name, logging.WARNING, "image %s: its boot trace %s is not used: %s",
             entry.image_id, self._path(entry), why,
@@ -114,13 +110,10 @@ class TraceStore:
         return self._directory / (entry.base_name + _SUFFIX)
 
 
-def _read(path: Path) -> bytes | None:
-    """In a thread: what is in the file, one byte more than a trace may have at most; None where there is none."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(FILE_BYTES_MAX + 1)
-    except FileNotFoundError:
-        return None
+def _read(path: Path, image: TracedImage) -> BootTrace:
+    """In a thread, for a trace of the most ranges takes some ms. OSError, ValueError: there is none of `image`."""
+    with open(path, "rb") as file:
+        return trace_for(file.read(FILE_BYTES_MAX + 1), image)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -123,13 +123,13 @@ def _ranges_of(document: dict[str, Any], image: TracedImage) -> tuple[TraceRange
     return tuple(ranges)
 
 
-def why_of_other_image(trace: BootTrace, image: TracedImage) -> str | None:
-    """Which member says that the trace is of other bytes than `image`; None where it is of these."""
+def trace_for(data: bytes, image: TracedImage) -> BootTrace:
+    """The trace of `image` in a file; ValueError as `parse_trace`, also where it is of other bytes."""
+    trace = parse_trace(data)
     for name in TracedImage.__slots__:
         theirs, ours = getattr(trace.image, name), getattr(image, name)
-        if theirs != ours:
-            return f"{name}: {_shown(theirs)}, the image has {_shown(ours)}"
-    return None
+        _check(theirs == ours, f"{name}: {_shown(theirs)}, the image has {_shown(ours)}")
+    return trace
 
 
 def _check(is_right: bool, message: str) -> None:

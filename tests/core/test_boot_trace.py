@@ -18,7 +18,7 @@ from basefs.core.boot_trace import (
     TraceRecording,
     merged,
 )
-from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace, trace_bytes, trace_document, why_of_other_image
+from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace, trace_bytes, trace_document, trace_for
 from basefs.core.trace_plan import GAP_BYTES, REQUEST_BYTES_MAX, TracePlan, missing_around, missing_runs, requests_for
 from tools.bench.replay import distinct_bytes, load_trace
 
@@ -106,8 +106,9 @@ def test_a_trace_of_other_bytes_counts_for_nothing() -> None:
     other = recorded([(1, 0)], image=TracedImage(image_id="2", size=IMAGE.size, os_hash_algo=None, os_hash_value=None))
     trace = recorded([(2, 0)])
     assert merged(other, trace) == trace
-    assert why_of_other_image(trace, IMAGE) is None
-    assert why_of_other_image(other, IMAGE) == "image_id: '2', the image has '11111111-2222'"
+    assert trace_for(trace_bytes(trace), IMAGE) == trace
+    with pytest.raises(ValueError, match="image_id: '2', the image has '11111111-2222'"):
+        trace_for(trace_bytes(other), IMAGE)
 
 
 GOOD = trace_document(recorded([(5, 0), (6, 0), (9, 100), (2, 7)]))
