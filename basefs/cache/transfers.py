@@ -80,6 +80,8 @@ class ImageTransfers:
             self._stream.start()
             return
         states = self._ledger.states
+        if not self._ledger.is_watched:  # else each first touch is told to the plan
+            self.plan.saw(absent)
         for index in absent:
             if states[index]:
                 continue

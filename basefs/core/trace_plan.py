@@ -73,6 +73,8 @@ class TracePlan:
 
     def saw(self, chunks: Iterable[int]) -> None:
         """Readers came to `chunks`. STRAYED_MAX in a row that the trace does not have: it is of another boot."""
+        if not self._left:
+            return
         for chunk in chunks:
             self._strayed = 0 if chunk in self._chunks else self._strayed + 1
         if self._strayed >= STRAYED_MAX:
@@ -81,6 +83,7 @@ class TracePlan:
     def clear(self) -> None:
         """Nothing more is to be fetched ahead."""
         self._left.clear()
+        self._chunks = frozenset()
 
 
 def missing_around(states: bytes | bytearray, index: int, chunks: range) -> range:

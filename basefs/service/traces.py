@@ -68,7 +68,10 @@ class Traces:
                     await fetcher.trace.wait_replayed()
             missing = fetcher.missing_bytes(trace.units())
         if missing:
-            yield {"state": "failed", "error": f"{missing} bytes of its boot trace could not be had; see the log"}
+            why = "the cache has no room for them, or Glance does not give them"
+            if entry.local.source_kind == "streamed":
+                why = "it comes as one stream; `basefs image warm` without --boot brings all of it"
+            yield {"state": "failed", "error": f"{missing} bytes of its boot trace did not come: {why}"}
         else:
             yield {"state": "complete"}
 

@@ -272,6 +272,23 @@ async def test_readers_who_leave_the_trace_end_the_replay(tmp_path: Path) -> Non
         assert 9 * MIB not in [offset for _, offset, _ in node.source.calls]
 
 
+async def test_misses_outside_the_trace_end_the_replay_of_an_image_that_is_partly_here(tmp_path: Path) -> None:
+    async with a_node(tmp_path, chunk_bytes=16 * 1024) as node:
+        await node.boot()
+        await node.evict()
+        known, node.services.traces._names = node.services.traces._names, set()
+        await node.boot([(10 * MIB, 3 * MIB), (15 * MIB, 3 * MIB)])  # and no replay meanwhile
+        node.services.traces._names = known
+        node.source.hold = trio.Event()
+        node.source.calls.clear()
+        async with node.opened() as fetcher, trio.open_nursery() as nursery:
+            assert not fetcher._ledger.is_watched
+            await until(lambda: len(node.source.calls) >= 3)
+            nursery.start_soon(node.read, fetcher, 13 * MIB, STRAYED_MAX * 16 * 1024)
+            await until(lambda: len(fetcher._transfers.plan) == 0)
+            node.source.hold.set()
+
+
 async def test_a_close_ends_the_replay_and_the_next_open_goes_on(tmp_path: Path) -> None:
     async with a_node(tmp_path) as node:
         await node.boot()
