@@ -35,7 +35,7 @@ class Store:
     space: CacheSpace
     room: Room
 
-    def put(self, offset: int, chunks: bytes) -> bool:
+    def put(self, offset: int, chunks: memoryview) -> bool:
         """Store whole chunks (thread); False where there is no room for them.
 
         Raises:
@@ -77,7 +77,7 @@ class Receiver:
         self.is_same = True
         """Whether every chunk in `present` was, by its checksum, what was taken for it."""
 
-    def take(self, offset: int, piece: bytes) -> bool:
+    def take(self, offset: int, piece: memoryview) -> bool:
         """Store one piece of whole chunks and have the loop publish it; False when the transfer shall end.
 
         Chunks in `present` (here when a stream began) are passed over in silence: a stream proves right only at
@@ -93,7 +93,7 @@ class Receiver:
             self._take(absent.start, piece[begin : begin + len(absent) * self._chunk_bytes])
         for here in runs(index for index in range(first, stop) if self._is_present(index)):
             begin = here.start * self._chunk_bytes - offset
-            self._compare(here, memoryview(piece)[begin : begin + len(here) * self._chunk_bytes])
+            self._compare(here, piece[begin : begin + len(here) * self._chunk_bytes])
         return not self.stop
 
     def _compare(self, chunks: range, data: memoryview) -> None:
@@ -103,16 +103,18 @@ class Receiver:
     def _is_present(self, index: int) -> bool:
         return index < len(self._present) and self._present[index] != 0
 
-    def _take(self, first: int, chunks: bytes) -> None:
+    def _take(self, first: int, chunks: memoryview) -> None:
         is_stored, error = self._put(first, chunks)
         if not is_stored and self._not_stored is not None and trio.from_thread.run(self._not_stored, first):
             is_stored, error = self._put(first, chunks)
         try:
-            self._token.run_sync_soon(self._arrived, first, len(chunks), None if is_stored else chunks, error)
+            # The piece is gone when the loop comes to it.
+            unstored = None if is_stored else bytes(chunks)
+            self._token.run_sync_soon(self._arrived, first, len(chunks), unstored, error)
         except trio.RunFinishedError:
             self.stop = True
 
-    def _put(self, first: int, chunks: bytes) -> tuple[bool, errors.CacheError | None]:
+    def _put(self, first: int, chunks: memoryview) -> tuple[bool, errors.CacheError | None]:
         if self._store is None:
             return False, None
         try:
