@@ -4,6 +4,7 @@ Runs in the thread and shares nothing with the loop but its constructor's argume
 methods, the accountant, and the `stop` flag (written by the loop, read here; an assignment is atomic).
 """
 
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -74,6 +75,10 @@ class Receiver:
         self._present = present
         self._not_stored = not_stored
         self.stop = False
+        self.timed_bytes = 0
+        """What came after the first piece, and within how many seconds: the pace of the body without its latency."""
+        self.timed_s = 0.0
+        self._first_at: float | None = None
         self.is_same = True
         """Whether every chunk in `present` was, by its checksum, what was taken for it."""
 
@@ -86,6 +91,7 @@ class Receiver:
         """
         if self.stop:
             return False
+        self._time(len(piece))
         first = offset // self._chunk_bytes
         stop = first - (-len(piece) // self._chunk_bytes)
         for absent in runs(index for index in range(first, stop) if not self._is_present(index)):
@@ -95,6 +101,14 @@ class Receiver:
             begin = here.start * self._chunk_bytes - offset
             self._compare(here, piece[begin : begin + len(here) * self._chunk_bytes])
         return not self.stop
+
+    def _time(self, length: int) -> None:
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+        elif now > self._first_at:
+            self.timed_bytes += length
+            self.timed_s = now - self._first_at
 
     def _compare(self, chunks: range, data: memoryview) -> None:
         if self.is_same:
