@@ -192,7 +192,7 @@ class ChunkFile:
         except (OSError, struct.error):
             return False
 
-    def write_piece(self, offset: int, piece: bytes) -> None:
+    def write_piece(self, offset: int, piece: bytes | memoryview) -> None:
         """Store the whole chunks in `piece` at chunk-aligned `offset`, then their checksums (thread).
 
         Raises:
@@ -200,11 +200,12 @@ class ChunkFile:
         """
         chunk_bytes = self.header.chunk_bytes
         view = memoryview(piece)
-        sums = [checksum(view[at : at + chunk_bytes], self.seed) for at in range(0, len(piece), chunk_bytes)]
+        chunks = [view[at : at + chunk_bytes] for at in range(0, len(view), chunk_bytes)]
+        sums = [checksum(chunk, self.seed) for chunk in chunks]
         try:
-            if self._has_zero_chunk(view):
-                for at in range(0, len(piece), chunk_bytes):
-                    self._write_chunk(offset + at, view[at : at + chunk_bytes])
+            if self._has_zero_chunk(chunks):
+                for at, chunk in enumerate(chunks):
+                    self._write_chunk(offset + at * chunk_bytes, chunk)
             else:
                 _write_all(self.data_fd, view, offset)
             packed = struct.pack(f"<{len(sums)}Q", *sums)
@@ -212,9 +213,9 @@ class ChunkFile:
         except OSError as exc:
             raise errors.CacheError(f"cache file of {self.header.image_id}: {exc}") from exc
 
-    def _has_zero_chunk(self, view: memoryview) -> bool:
-        step = self.header.chunk_bytes
-        return any(not view[at] and view[at : at + step] == self._zeros for at in range(0, len(view), step))
+    def _has_zero_chunk(self, chunks: list[memoryview]) -> bool:
+        # (The last chunk may be short; it is rarely the only one of zeros.)
+        return any(not chunk[0] and chunk == self._zeros for chunk in chunks)
 
     def _write_chunk(self, offset: int, chunk: memoryview) -> None:
         # A chunk of zeros becomes a hole: images are mostly zeros, and disks for caches are small.

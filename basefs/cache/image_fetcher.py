@@ -370,7 +370,7 @@ class ImageFetcher:
             async with self._services.evictor.room(whole) as room:
                 receiver = self._deliveries.new_receiver(room)
                 try:
-                    await self._services.disk.run(receiver.take, 0, header[:whole])
+                    await self._services.disk.run(receiver.take, 0, memoryview(header)[:whole])
                 finally:
                     self._deliveries.end_receiver(receiver)
         finally:

@@ -4,6 +4,7 @@ Runs in the thread and shares nothing with the loop but its constructor's argume
 methods, the accountant, and the `stop` flag (written by the loop, read here; an assignment is atomic).
 """
 
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,7 +36,7 @@ class Store:
     space: CacheSpace
     room: Room
 
-    def put(self, offset: int, chunks: bytes) -> bool:
+    def put(self, offset: int, chunks: memoryview) -> bool:
         """Store whole chunks (thread); False where there is no room for them.
 
         Raises:
@@ -74,10 +75,14 @@ class Receiver:
         self._present = present
         self._not_stored = not_stored
         self.stop = False
+        self.timed_bytes = 0
+        """What came after the first piece, and within how many seconds: the pace of the body without its latency."""
+        self.timed_s = 0.0
+        self._first_at: float | None = None
         self.is_same = True
         """Whether every chunk in `present` was, by its checksum, what was taken for it."""
 
-    def take(self, offset: int, piece: bytes) -> bool:
+    def take(self, offset: int, piece: memoryview) -> bool:
         """Store one piece of whole chunks and have the loop publish it; False when the transfer shall end.
 
         Chunks in `present` (here when a stream began) are passed over in silence: a stream proves right only at
@@ -86,6 +91,7 @@ class Receiver:
         """
         if self.stop:
             return False
+        self._time(len(piece))
         first = offset // self._chunk_bytes
         stop = first - (-len(piece) // self._chunk_bytes)
         for absent in runs(index for index in range(first, stop) if not self._is_present(index)):
@@ -93,8 +99,16 @@ class Receiver:
             self._take(absent.start, piece[begin : begin + len(absent) * self._chunk_bytes])
         for here in runs(index for index in range(first, stop) if self._is_present(index)):
             begin = here.start * self._chunk_bytes - offset
-            self._compare(here, memoryview(piece)[begin : begin + len(here) * self._chunk_bytes])
+            self._compare(here, piece[begin : begin + len(here) * self._chunk_bytes])
         return not self.stop
+
+    def _time(self, length: int) -> None:
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+        elif now > self._first_at:
+            self.timed_bytes += length
+            self.timed_s = now - self._first_at
 
     def _compare(self, chunks: range, data: memoryview) -> None:
         if self.is_same:
@@ -103,16 +117,18 @@ class Receiver:
     def _is_present(self, index: int) -> bool:
         return index < len(self._present) and self._present[index] != 0
 
-    def _take(self, first: int, chunks: bytes) -> None:
+    def _take(self, first: int, chunks: memoryview) -> None:
         is_stored, error = self._put(first, chunks)
         if not is_stored and self._not_stored is not None and trio.from_thread.run(self._not_stored, first):
             is_stored, error = self._put(first, chunks)
         try:
-            self._token.run_sync_soon(self._arrived, first, len(chunks), None if is_stored else chunks, error)
+            # The piece is gone when the loop comes to it.
+            unstored = None if is_stored else bytes(chunks)
+            self._token.run_sync_soon(self._arrived, first, len(chunks), unstored, error)
         except trio.RunFinishedError:
             self.stop = True
 
-    def _put(self, first: int, chunks: bytes) -> tuple[bool, errors.CacheError | None]:
+    def _put(self, first: int, chunks: memoryview) -> tuple[bool, errors.CacheError | None]:
         if self._store is None:
             return False, None
         try:

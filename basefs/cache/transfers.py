@@ -23,6 +23,7 @@ from basefs.cache.whole_image import WholeImage
 from basefs.catalog.records import ImageEntry
 from basefs.core.byte_ranges import longest_zero_run
 from basefs.core.readahead import MISSING, ReadaheadPolicy, Window, window_ahead, window_for_miss
+from basefs.core.request_size import RequestSize
 from basefs.core.trace_plan import TracePlan, missing_around, missing_runs
 
 PIECE_BYTES_MAX = 1 << 20
@@ -155,7 +156,7 @@ class ImageTransfers:
                     continue
                 self._deliveries.check_storable(room, length)
                 self._ledger.claim(Window(chunks, None))
-                error = await self._transfer(chunks, room)
+                error = await self._transfer(chunks, room, services.pace.request_size)
             if error is not None:
                 raise copy.copy(error)
             return self._length(chunks)
@@ -228,8 +229,12 @@ class ImageTransfers:
                 if probe.kind == "ranged":
                     self._deliveries.ranged(probe.reason)
 
-    async def _transfer(self, chunks: range, room: Room) -> errors.BasefsError | None:
+    async def _transfer(
+        self, chunks: range, room: Room, learns: RequestSize | None = None
+    ) -> errors.BasefsError | None:
         """Fetch claimed `chunks` and settle them; the error, if there was one, was told to the waiters.
+
+        `learns` is told how fast the body came.
 
         Cancellation (a warming that was stopped, the end of the service) is no failure: waiters look again.
         """
@@ -249,6 +254,8 @@ class ImageTransfers:
                 deliver=receiver.take,
             )
             self._deliveries.gate.succeeded()
+            if learns is not None and receiver.timed_bytes:
+                learns.came(receiver.timed_bytes, receiver.timed_s)
         except (errors.SourceError, errors.ImageNotFoundError) as exc:
             error = exc
             self._deliveries.note_failure(exc)

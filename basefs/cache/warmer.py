@@ -17,13 +17,12 @@ import trio
 from basefs import errors
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
-from basefs.cache.pace import REQUEST_BYTES
 from basefs.catalog.records import ImageEntry
 
 log = logging.getLogger(__name__)
 
 WORKERS = 3
-"""Requests in flight per urgent warming: 2-4 reach what one Glance gives (517 MiB/s at 4 MiB, rig.md 2.6)."""
+"""Requests in flight per urgent warming: 2-4 reach what one Glance gives (rig.md 2.6)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -190,7 +189,7 @@ class Warmer:
         try:
             while not fetcher.is_complete and (warming.is_urgent if urgent else warming.other_holders):
                 try:
-                    await (fetcher.fetch_background(REQUEST_BYTES) if urgent else self._fetch_in_turn(fetcher))
+                    await (self._fetch(fetcher) if urgent else self._fetch_in_turn(fetcher))
                 except (errors.SourceUnavailableError, errors.SourceCorruptError):
                     await fetcher.wait_retry()
         except errors.BasefsError as exc:
@@ -198,8 +197,10 @@ class Warmer:
         if warming.error is not None or fetcher.is_complete:
             warming.is_over.set()
 
+    async def _fetch(self, fetcher: ImageFetcher) -> None:
+        await fetcher.fetch_background(self._services.pace.request_size.bytes)
+
     async def _fetch_in_turn(self, fetcher: ImageFetcher) -> None:
-        pace = self._services.pace
-        async with pace.turn() as turn:
-            turn.moved_bytes = await fetcher.fetch_background(pace.request_bytes)
+        async with self._services.pace.turn() as turn:
+            turn.moved_bytes = await fetcher.fetch_background(turn.bytes_max)
             self._services.counters.hydrated_bytes += turn.moved_bytes

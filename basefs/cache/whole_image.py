@@ -21,7 +21,6 @@ from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.ledger import ChunkLedger
-from basefs.cache.pace import REQUEST_BYTES
 from basefs.cache.verifier import ChunkVerifier
 from basefs.catalog.records import ImageEntry, ImageRecord, WholeState
 from basefs.sources.base import Digest, Hasher, new_hasher
@@ -246,7 +245,7 @@ class WholeImage:
         async def work(all_work: trio.CancelScope) -> None:
             while not self._is_complete and self._entry.local.whole == "refetching":
                 try:
-                    await self._bring(REQUEST_BYTES)
+                    await self._bring(self._services.pace.request_size.bytes)
                 except errors.SourceHashError:
                     pass  # by a stream, which has told it
                 except (errors.SourceUnavailableError, errors.SourceCorruptError, errors.SourceForbiddenError):

@@ -1,5 +1,7 @@
 """The one door to threads: every call that may block (disk, HTTP, sqlite) goes through a `BlockingCalls`.
 
+Pure calls that are too short for it have another (`short_calls`).
+
 One limiter a library, so that a stuck Glance leaves the disk threads free. A thread cannot be stopped:
 a cancelled caller waits for its thread, so what may take long belongs in a flight, never in a request,
 and brings a time-out of its own.

@@ -11,8 +11,11 @@ from typing import Literal, Protocol
 
 SourceKind = Literal["ranged", "streamed"]
 
-Deliver = Callable[[int, bytes], bool]
-"""`deliver(offset, piece)`: takes the piece at `offset`; False asks the source to stop and close."""
+Deliver = Callable[[int, memoryview], bool]
+"""`deliver(offset, piece)`: takes the piece at `offset`; False asks the source to stop and close.
+
+The piece is valid during the call only: the next one comes into the same memory.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

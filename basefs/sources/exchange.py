@@ -4,6 +4,7 @@ A thread cannot be stopped, but the connection it reads from can be shut down fr
 read ends at once, and with it the call. Only making a connection cannot be ended so (CONNECT_TIMEOUT_S).
 """
 
+import http.client
 import math
 import socket
 import threading
@@ -129,13 +130,34 @@ async def run_interruptibly(
     return result.unwrap()
 
 
+class Answer(http.client.HTTPResponse):
+    """http.client's answer, whose body may be read into memory of ours."""
+
+    def read_some_into(self, target: memoryview) -> int:
+        """How many bytes of the body came into `target`, by one read of the socket at most; 0 at its end.
+
+        Only for a body whose length is known. The connection may be used again once that has come.
+        """
+        if self.fp is None or self.length is None or self.chunked:
+            return 0
+        came = self.fp.readinto1(target[: self.length])
+        self.length -= came
+        if not came or not self.length:
+            self.close()
+        return came
+
+
 class _Connection(HTTPConnection):
+    response_class = Answer  # type: ignore[mutable-override]  # made to be overridden
+
     def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  urllib3's own signature
         _note(self)
         super().request(*args, **kwargs)
 
 
 class _TlsConnection(HTTPSConnection):
+    response_class = Answer  # type: ignore[mutable-override]  # made to be overridden
+
     def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  urllib3's own signature
         _note(self)
         super().request(*args, **kwargs)

@@ -52,7 +52,7 @@ class LoopSource:
             self._endpoints.failed("glance", AWAY)
             raise AWAY
         for start in range(offset, offset + length, piece_bytes):
-            deliver(start, bytes(min(piece_bytes, offset + length - start)))
+            deliver(start, memoryview(bytes(min(piece_bytes, offset + length - start))))
         self.received_bytes += length
 
     async def probe(self, image_id: str, *, size: int, header_bytes: int) -> ProbeResult:

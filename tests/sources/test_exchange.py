@@ -97,7 +97,7 @@ async def test_errors_and_bugs_come_out_as_they_are(front, access):
         await read(source, "nobody")
     image = front.glance.add(DATA)
 
-    def buggy(offset: int, piece: bytes) -> bool:
+    def buggy(offset: int, piece: memoryview) -> bool:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -1,0 +1,31 @@
+"""How large background requests are: by the pace of the last ones, within bounds."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from basefs.core.request_size import BYTES_MAX, BYTES_MIN, MIB, REQUEST_S, RequestSize
+
+
+def test_a_request_is_for_what_comes_within_its_time():
+    size = RequestSize()
+    assert size.bytes == BYTES_MIN
+    for _ in range(20):
+        size.came(510 * MIB, 2.5)
+    assert size.bytes == int(204 * REQUEST_S) * MIB
+
+
+def test_one_odd_request_counts_for_half():
+    size = RequestSize()
+    for _ in range(20):
+        size.came(204 * MIB, 1.0)
+    size.came(MIB, 1000.0)
+    assert size.bytes == int(102 * REQUEST_S) * MIB
+
+
+@given(st.lists(st.tuples(st.integers(1, 1 << 40), st.floats(1e-9, 1e6))))
+def test_whatever_came_the_size_is_whole_mib_within_the_bounds(came):
+    size = RequestSize()
+    for length, seconds in came:
+        size.came(length, seconds)
+    assert BYTES_MIN <= size.bytes <= BYTES_MAX
+    assert size.bytes % MIB == 0
