@@ -184,12 +184,14 @@ class _At:
 class MemoryVolumeBytes:
     """See `VolumeBytes`: over a memfd, so that its fd can be held and read like a device's."""
 
-    def __init__(self, cinder: MemoryCinder, volume: MemoryVolume) -> None:
+    def __init__(self, cinder: MemoryCinder, volume: MemoryVolume, fd: int | None = None) -> None:
         self.size = volume.size
         self._cinder, self._volume = cinder, volume
-        self._fd = os.memfd_create(f"volume-{volume.volume_id}", os.MFD_CLOEXEC)
-        os.truncate(self._fd, volume.size)
-        os.pwrite(self._fd, volume.data, 0)
+        if fd is None:
+            fd = os.memfd_create(f"volume-{volume.volume_id}", os.MFD_CLOEXEC)
+            os.truncate(fd, volume.size)
+            os.pwrite(fd, volume.data, 0)
+        self._fd = fd
         cinder.open_bytes.append(self)
 
     def read_now(self, target: list[memoryview], offset: int) -> bool:
@@ -269,6 +271,10 @@ class MemoryVolumeLinks:
         except BaseException:
             await self._undo(noted)
             raise
+
+    async def adopt(self, record: LinkRecord, fd: int, connection_fd: int) -> AttachedVolume:
+        opened = MemoryVolumeBytes(self.cinder, self._volume(record), fd)
+        return AttachedVolume(record=record, bytes=opened, connection_fd=connection_fd)
 
     async def detach(self, record: LinkRecord, connection_fd: int | None, note: Note) -> None:
         noted = _Noted(note, record)
