@@ -16,10 +16,11 @@ from keystoneauth1.identity.base import BaseIdentityPlugin
 from oslo_config import cfg
 
 from basefs import errors
+from basefs.concurrency.exchange import EndpointName, Exchange, asking, run_interruptibly
 from basefs.concurrency.threads import BlockingCalls
+from basefs.core.safe_text import safe_text
 from basefs.sources.endpoints import Contact, Endpoints
-from basefs.sources.exchange import EndpointName, Exchange, asking, run_interruptibly
-from basefs.sources.http_errors import error_of_status, retry_after_s, safe_text, translated
+from basefs.sources.http_errors import error_of_status, retry_after_s, translated
 from basefs.sources.session import GlanceSession, http_session, without_version
 from basefs.sources.tokens import TokenLife
 
