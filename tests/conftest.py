@@ -17,7 +17,7 @@ from tools.rig.leftovers import loop_devices_below
 from tools.secrets_used import said_files, secrets_in
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
-CINDER_RIGS = {"cinder_rig", "cinder_keystone_rig", "own_cinder_rig"}
+CINDER_RIGS = {"cinder_rig", "cinder_keystone_rig", "ceph_rig", "own_cinder_rig"}
 LOG_LINE = re.compile(r"^\S+ \S+ \d+ (?:WARNING|ERROR|CRITICAL) (?P<record>basefs\S* .*)$")
 
 
@@ -82,6 +82,19 @@ def cinder_keystone_rig(_cinder_keystone_session: Rig) -> Iterator[Rig]:
     """As `cinder_rig`, behind a real Keystone, and with a backend on the stock NFS driver; 7 s to start."""
     yield _cinder_keystone_session
     _assert_no_links(_cinder_keystone_session)
+
+
+@pytest.fixture(scope="session")
+def _ceph_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with Rig(tmp_path_factory.mktemp("ceph-rig"), ceph=True) as running:
+        yield running
+
+
+@pytest.fixture
+def ceph_rig(_ceph_session: Rig) -> Iterator[Rig]:
+    """As `cinder_rig`, with a Ceph, Cinder's RBD driver and Glance's rbd store on it; 14 s to start."""
+    yield _ceph_session
+    _assert_no_links(_ceph_session)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+from tools.rig.leftovers import release
 from tools.rig.rig import Rig, wait_until_gone
 
 
@@ -14,12 +15,16 @@ def up(options: argparse.Namespace) -> None:
         options.directory,
         auth=options.auth,
         http_store=not options.no_http_store,
+        cinder=options.cinder,
+        nfs=options.nfs,
         token_expiration_s=options.token_expiration_s,
         host=options.host,
         detached=True,
     )
     rig.start()
     state = {"glance_url": rig.glance_url, "pids": rig.pids, "conf_lines": rig.conf_lines()}
+    if options.cinder or options.nfs:
+        state["cinder_url"] = rig.cinder_url
     with open(os.path.join(rig.directory, "rig.json"), "w", encoding="utf-8") as out:
         json.dump(state, out)
     print(rig.conf_lines(), end="")
@@ -38,6 +43,7 @@ def down(options: argparse.Namespace) -> None:
                 break
             if wait_until_gone(pid, 3.0):
                 break
+    release(os.path.abspath(options.directory))
     os.unlink(path)
 
 
@@ -49,6 +55,8 @@ def main() -> None:
     command.add_argument("directory")
     command.add_argument("--auth", choices=["fake", "keystone"], default="fake")
     command.add_argument("--no-http-store", action="store_true")
+    command.add_argument("--cinder", action="store_true", help="a Cinder too, and stores in it; needs root")
+    command.add_argument("--nfs", action="store_true", help="a Cinder that has a backend on the NFS driver too")
     command.add_argument("--token-expiration-s", type=int, default=3600)
     command.add_argument("--host", default="127.0.0.1")
     command = commands.add_parser("down", help=down.__doc__)

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from tools.rig import templates
 from tools.rig.api import GlanceApi
+from tools.rig.ceph import Ceph
 from tools.rig.cinder import Backend, Cinder
 from tools.rig.cinder_api import CinderApi
 from tools.rig.databases import copy_image_rows, set_image_size, template
@@ -48,7 +49,8 @@ class Rig:
     process, however it ends; with `detached=True` only by `stop`.
 
     With `cinder=True` a real Cinder runs too, and Glance has stores in it (`upload_cinder`); with `nfs=True` one of
-    them is on the stock NFS driver. Both want root.
+    them is on the stock NFS driver, with `ceph=True` one on the stock RBD driver, and Glance has its own rbd store,
+    `ceph`, on the same cluster. All want root; Ceph wants `tools/setup ceph`.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Rig:
         http_store: bool = True,
         cinder: bool = False,
         nfs: bool = False,
+        ceph: bool = False,
         token_expiration_s: int = 3600,
         host: str = "127.0.0.1",
         threads: int = 16,
@@ -72,10 +75,13 @@ class Rig:
         self._token_expiration_s = token_expiration_s
         self._threads = threads
         self._venv = os.path.abspath(venv or os.path.join(ROOT, ".venvs", "glance"))
-        self._cinder = Cinder(self.directory, self._venv, nfs=nfs) if cinder or nfs else None
         self._services: dict[str, Service] = {}
         self._ports: dict[str, int] = {}
         self._lifeline: tuple[int, int] | None = None if detached else os.pipe()
+        self._ceph = Ceph(self.directory + "/ceph", self._venv, self._lifeline_fd) if ceph else None
+        self._cinder = (
+            Cinder(self.directory, self._venv, nfs=nfs, ceph=self._ceph) if cinder or nfs or self._ceph else None
+        )
 
     # -- life
 
@@ -104,6 +110,8 @@ class Rig:
         for service in self._services.values():
             service.stop()
         self._services.clear()
+        if self._ceph:
+            self._ceph.stop()
         if self._cinder:
             release(self.directory)
         for fd in self._lifeline or ():
@@ -120,6 +128,8 @@ class Rig:
             sockets = {name: opened.enter_context(listening_socket(self.host)) for name in self._wanted()}
             self._ports = {name: sock.getsockname()[1] for name, sock in sockets.items()}
             self._configure()
+            if self._ceph:
+                self._ceph.start()
             if self._cinder and self._lifeline:
                 self._launch_leftovers(self._lifeline[0])
             # Glance looks for its stores' volume types as it starts, with the password of a user who must be there.
@@ -170,7 +180,8 @@ class Rig:
     @property
     def pids(self) -> dict[str, int]:
         """The leader of each service's process group."""
-        return {name: service.pid for name, service in self._services.items()}
+        own = {name: service.pid for name, service in self._services.items()}
+        return {**own, **(self._ceph.pids if self._ceph else {})}
 
     # -- what users need
 
@@ -330,6 +341,10 @@ class Rig:
     def _request_log(self, name: str) -> str:
         return os.path.join(self.directory, "log", f"{name}-requests.jsonl")
 
+    @property
+    def _lifeline_fd(self) -> int | None:
+        return self._lifeline[0] if self._lifeline else None
+
     def _health_url(self, name: str) -> str:
         url = f"http://{self.host}:{self._ports[name]}/"
         return url + "healthcheck" if name in ("glance", "cinder") else url
@@ -345,7 +360,7 @@ class Rig:
         )
 
     def _launch(self, name: str, sock: socket.socket) -> None:
-        lifeline = self._lifeline[0] if self._lifeline else -1
+        lifeline = -1 if self._lifeline_fd is None else self._lifeline_fd
         fds = (sock.fileno(), *([lifeline] if self._lifeline else []))
         python = [self._venv + "/bin/python", "-P"]  # -P: the services are imported from the venv, not from here
         if name == "web":
@@ -373,7 +388,7 @@ class Rig:
         with open(self._venv + "/etc/glance/glance-api-paste.ini", encoding="utf-8") as stock:
             _write(d + "/glance/glance-api-paste.ini", templates.paste_ini(stock.read()))
         backends = ["fs:file", *(["web:http"] if self._http_store else [])]
-        backends += [f"{store}:cinder" for store in self._cinder.stores] if self._cinder else []
+        backends += self._cinder.glance_backends if self._cinder else []
         conf = templates.GLANCE.format(
             d=d,
             host=self.host,
