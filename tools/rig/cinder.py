@@ -26,7 +26,7 @@ _TYPES |= {"nfs": ("nfs", False), "rbd": ("rbd", True)}
 
 
 class Cinder:
-    """Cinder's part of the rig in `directory`: the loop driver's backend, with `nfs` and `ceph` the stock drivers' too."""
+    """Cinder's part of the rig in `directory`: the loop driver's backend, with `nfs` and `ceph` the stock drivers'."""
 
     def __init__(self, directory: str, venv: str, *, nfs: bool, ceph: Ceph | None) -> None:
         self._directory = directory
@@ -97,7 +97,7 @@ class Cinder:
 
     @property
     def glance_backends(self) -> list[str]:
-        """What Glance's `enabled_backends` lists: the stores in Cinder, and on a rig that has a Ceph its own, `ceph`."""
+        """What Glance's `enabled_backends` lists: the stores in Cinder, and on a rig with a Ceph its own, `ceph`."""
         return [f"{store}:cinder" for store in self.stores] + (["ceph:rbd"] if self._ceph else [])
 
     def store(self, backend: Backend, *, multiattach: bool) -> str:
