@@ -97,6 +97,7 @@ esac
 _FAKEAUTH = """
 [filter:fakeauth]
 paste.filter_factory = tools.rig.rigauth:filter_factory
+anonymous = notused
 """
 
 
