@@ -1,8 +1,8 @@
 """Paste filter: X-Auth-Token "user:project:role,role" becomes the headers that Keystone's middleware would set.
 
 Stands in for keystonemiddleware.auth_token in a rig without Keystone; the stock `context` filter follows it. Without a
-token, or with the one that keystoneauth's `none` sends where the paste file says `anonymous`, the request is $RIG_ANON's
-(same form). A token listed in the file $RIG_EXPIRED (one a line) has expired: 401.
+token the request is $RIG_ANON's (same form); so it is with keystoneauth's for `auth_type = none`, where the paste file
+says `anonymous`. A token listed in the file $RIG_EXPIRED (one a line) has expired: 401.
 Glance's cinder store knows no other way than passwords: POST /auth/tokens answers as Keystone would, with such a token.
 """
 
