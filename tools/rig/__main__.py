@@ -1,10 +1,12 @@
-"""python -m tools.rig up|down DIRECTORY: services that stay until they are told to end."""
+"""python -m tools.rig up|upload|down DIRECTORY ...: services that stay until they are told to end."""
 
 import argparse
 import json
 import os
 import signal
 
+from tools.rig.api import GlanceApi
+from tools.rig.identity import Keystone
 from tools.rig.leftovers import release
 from tools.rig.rig import Rig, wait_until_gone
 
@@ -23,11 +25,21 @@ def up(options: argparse.Namespace) -> None:
     )
     rig.start()
     state = {"glance_url": rig.glance_url, "pids": rig.pids, "conf_lines": rig.conf_lines()}
-    if options.cinder or options.nfs:
-        state["cinder_url"] = rig.cinder_url
+    if options.auth == "keystone":
+        state["keystone_url"] = rig.keystone_url
     with open(os.path.join(rig.directory, "rig.json"), "w", encoding="utf-8") as out:
         json.dump(state, out)
     print(rig.conf_lines(), end="")
+
+
+def upload(options: argparse.Namespace) -> None:
+    """Make a public image of a file in the rig that `up` left running; prints its id."""
+    with open(os.path.join(options.directory, "rig.json"), encoding="utf-8") as written:
+        state = json.load(written)
+    token = Keystone(state["keystone_url"]).token() if "keystone_url" in state else None
+    name = os.path.basename(options.file)
+    glance = GlanceApi(state["glance_url"], token)
+    print(glance.upload(options.file, name, options.disk_format, store=options.store, visibility="public"))
 
 
 def down(options: argparse.Namespace) -> None:
@@ -59,6 +71,12 @@ def main() -> None:
     command.add_argument("--nfs", action="store_true", help="a Cinder that has a backend on the NFS driver too")
     command.add_argument("--token-expiration-s", type=int, default=3600)
     command.add_argument("--host", default="127.0.0.1")
+    command = commands.add_parser("upload", help=upload.__doc__)
+    command.set_defaults(run=upload)
+    command.add_argument("directory")
+    command.add_argument("file")
+    command.add_argument("--disk-format", choices=["raw", "qcow2"], default="raw")
+    command.add_argument("--store", default="fs", help="fs; with --cinder multi or plain, with --nfs nfs")
     command = commands.add_parser("down", help=down.__doc__)
     command.set_defaults(run=down)
     command.add_argument("directory")

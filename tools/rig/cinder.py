@@ -105,17 +105,25 @@ class Cinder:
         return next(store for store in self.stores if _TYPES[store] == (backend, multiattach))
 
     def place(
-        self, glance: GlanceApi, api: CinderApi, source: str, store: str, *, name: str, disk_format: str, **props: Any
+        self,
+        glance: GlanceApi,
+        api: CinderApi,
+        source: str,
+        store: str,
+        *,
+        name: str,
+        disk_format: str,
+        size: int | None,
+        **props: Any,
     ) -> str:
-        """Make an active image over a volume that has the file's bytes, holes and all, without sending them."""
-        size, image_id = os.stat(source).st_size, str(uuid.uuid4())
+        """Make an active image of `size` over a volume with the file's bytes, zeros behind them; nothing is sent."""
+        image_id, size = str(uuid.uuid4()), size or os.stat(source).st_size
+        size_gib = max(1, math.ceil(size / _GIB))
         metadata = {"glance_image_id": image_id, "image_size": str(size), "readonly": "True"}
-        volume_id = api.create_volume(
-            max(1, math.ceil(size / _GIB)), store, name=f"image-{image_id}", metadata=metadata
-        )
+        volume_id = api.create_volume(size_gib, store, name=f"image-{image_id}", metadata=metadata)
         path = self.volume_path(volume_id, _TYPES[store][0])
         subprocess.run(["cp", "--sparse=always", source, path], check=True)
-        os.truncate(path, max(1, math.ceil(size / _GIB)) * _GIB)
+        os.truncate(path, size_gib * _GIB)
         glance.create(name, disk_format, id=image_id, **props)
         glance.add_location(image_id, f"cinder://{store}/{volume_id}", store=store)
         return image_id
