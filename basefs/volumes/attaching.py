@@ -18,7 +18,7 @@ from basefs.volumes.bytes import FdVolumeBytes
 from basefs.volumes.cinder import Cinder
 from basefs.volumes.connection import sealed_connection
 from basefs.volumes.removing import HOST_KEY, IMAGE_KEY, TAG_KEY, Remover, tag_of
-from basefs.volumes.statuses import growing_pauses, wait_for_status
+from basefs.volumes.statuses import GrowingPauses, wait_for_status
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class Attacher:
 
     async def _reserve(self, volume_id: str, way: "_Way") -> None:
         """Others' attachments that are being made refuse ours for a moment: it is tried again."""
-        async for _try in growing_pauses():
+        pauses = GrowingPauses()
+        while True:
             before = await self._cinder.attachments_of(volume_id)
             await way.goes_to(stage="reserving", attachments_before=tuple(one.attachment_id for one in before))
             try:
@@ -106,6 +107,7 @@ class Attacher:
             except errors.VolumeBusyError as exc:
                 way.may_be_reserved = False
                 log.debug("%s", exc)
+                await pauses.pause()
                 continue
             await way.goes_to(attachment_id=attachment_id)
             return
@@ -180,9 +182,8 @@ class _Way:
     @property
     def has_nothing_to_undo(self) -> bool:
         """All that was noted was refused: without this, others' attachments would be suspected to be ours."""
-        return (
-            self.is_noted and self.record.stage == "reserving" and not (self.record.is_cloned or self.may_be_reserved)
-        )
+        is_refused = self.record.stage == "reserving" and not self.may_be_reserved
+        return self.is_noted and is_refused and not self.record.is_cloned
 
     def knows_connection(self, fd: int) -> None:
         """`fd` of `sealed_connection`, ours from here."""
