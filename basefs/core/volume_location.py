@@ -2,13 +2,8 @@
 
 import re
 
-_UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
-_LOCATION = re.compile(rf"cinder://(?:[^/?#@\s]+/)?({_UUID.pattern})")
-
-
-def is_volume_id(text: str) -> bool:
-    """Whether `text` is a UUID in the form in which Cinder writes them."""
-    return _UUID.fullmatch(text) is not None
+_UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+_LOCATION = re.compile(rf"cinder://(?:[^/?#@\s]+/)?({_UUID})")
 
 
 def volume_id_of(location: str) -> str | None:

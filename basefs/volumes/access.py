@@ -3,14 +3,17 @@
 import http
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import requests
 from keystoneauth1 import exceptions as ksa
 from keystoneauth1 import loading, session
+from keystoneauth1.identity.base import BaseIdentityPlugin
 from oslo_config import cfg
 
 from basefs import errors
 from basefs.concurrency.exchange import InterruptibleAdapter
+from basefs.config.volume_options import CINDER_SECTION, cinder_auth_section
 from basefs.core.safe_text import safe_text
 from basefs.volumes.cinder import Cinder
 
@@ -60,35 +63,42 @@ class _SessionLoader(loading.session.Session):
         return CinderSession
 
 
-def open_cinder(conf: cfg.ConfigOpts, *, auth_group: str, group: str = "cinder") -> Cinder:
+def open_cinder(conf: cfg.ConfigOpts) -> Cinder:
     """Access to the Cinder that `[cinder]` describes. Nothing is sent yet, and cinderclient not yet imported.
 
     Args:
-        conf: Loaded, with keystoneauth's session and adapter options registered in `group`.
-        auth_group: The section whose auth options are used.
-        group: The section.
+        conf: Loaded by `load_settings`.
 
     Raises:
         ConfigError: The options do not fit together.
     """
     try:
-        auth = loading.load_auth_from_conf_options(conf, auth_group)
+        auth = loading.load_auth_from_conf_options(conf, cinder_auth_section(conf))
         http_session = requests.Session()
         adapter = InterruptibleAdapter(pool_connections=4, pool_maxsize=CINDER_THREADS_MAX)
         for scheme in list(http_session.adapters):
             http_session.mount(scheme, adapter)
-        cinder_session = _SessionLoader().load_from_conf_options(conf, group, auth=auth, session=http_session)
-        options = loading.load_adapter_from_conf_options(conf, group, session=cinder_session, auth=auth)
+        cinder_session = _SessionLoader().load_from_conf_options(conf, CINDER_SECTION, auth=auth, session=http_session)
+        options = loading.load_adapter_from_conf_options(conf, CINDER_SECTION, session=cinder_session, auth=auth)
     except (ksa.ClientException, TypeError, ValueError) as exc:
-        raise errors.ConfigError(f"[{group}]: {safe_text(str(exc))}") from exc
+        raise errors.ConfigError(f"[cinder]: {safe_text(str(exc))}") from exc
+    if options.endpoint_override is None and not isinstance(auth, BaseIdentityPlugin):
+        raise errors.ConfigError("[cinder] endpoint_override is not set; the auth plugin has no catalog to look it up")
     where = {
         "service_type": options.service_type,
         "service_name": options.service_name,
         "interface": options.interface,
         "region_name": options.region_name,
-        "endpoint_override": options.endpoint_override,
+        "endpoint_override": _with_version(options.endpoint_override),
     }
     return Cinder(partial(_client, cinder_session, where), cinder_session, where, threads_max=CINDER_THREADS_MAX)
+
+
+def _with_version(endpoint: str | None) -> str | None:
+    """Cinderclient appends `/volumes/...`; a catalog's endpoint ends in /v3 or /v3/<project id>."""
+    if endpoint is None or "v3" in urlsplit(endpoint).path.split("/"):
+        return endpoint
+    return f"{endpoint.rstrip('/')}/v3"
 
 
 def _client(cinder_session: session.Session, where: dict[str, Any]) -> "client.Client":

@@ -1,11 +1,10 @@
 """`VolumeLinks` over a real Cinder and os-brick."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
+from basefs.config.volume_options import VolumeLinkingSettings
 from basefs.core.link_record import LinkRecord
 from basefs.volumes.attaching import Attacher
 from basefs.volumes.base import AttachedVolume, FoundVolume, ImageFacts, Note
@@ -17,28 +16,17 @@ from basefs.volumes.finding import Locations, VolumeFinder
 from basefs.volumes.removing import Remover
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkSettings:
-    """What `[volume_linking]` says of finding and attaching. `lock_path`: the directory of os-brick's locks."""
-
-    host: str
-    is_multipath: bool
-    image_volume_map: Mapping[str, str]
-    use_volume_metadata: bool
-    attach_deadline_s: float
-    attach_concurrency_max: int
-    lock_path: Path
-
-
 class CinderVolumeLinks:
     """See `VolumeLinks`. Helper processes and their logs live in `nursery`, and end with it."""
 
-    def __init__(self, cinder: Cinder, locations: Locations, settings: LinkSettings, *, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, cinder: Cinder, locations: Locations, settings: VolumeLinkingSettings, *, nursery: trio.Nursery
+    ) -> None:
         brick = Brick(
             nursery=nursery,
             helpers_max=settings.attach_concurrency_max,
             lock_path=settings.lock_path,
-            is_multipath=settings.is_multipath,
+            is_multipath=settings.multipath,
         )
         self._finder = VolumeFinder(
             cinder,
