@@ -12,6 +12,7 @@ from keystoneauth1.identity.base import BaseIdentityPlugin
 from oslo_config import cfg
 
 from basefs import errors
+from basefs.concurrency.anonymous import without_token
 from basefs.concurrency.exchange import InterruptibleAdapter
 from basefs.config.volume_options import CINDER_SECTION, cinder_auth_section
 from basefs.core.safe_text import safe_text
@@ -73,7 +74,7 @@ def open_cinder(conf: cfg.ConfigOpts) -> Cinder:
         ConfigError: The options do not fit together.
     """
     try:
-        auth = loading.load_auth_from_conf_options(conf, cinder_auth_section(conf))
+        auth = without_token(loading.load_auth_from_conf_options(conf, cinder_auth_section(conf)))
         http_session = requests.Session()
         adapter = InterruptibleAdapter(pool_connections=4, pool_maxsize=CINDER_THREADS_MAX)
         for scheme in list(http_session.adapters):
