@@ -6,7 +6,7 @@ Owned by the trio loop.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Container
+from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.chunk_map import ChunkMapHeader
 from basefs.core.inodes import image_inode, image_number_of
-from basefs.handlers.base import Patience
+from basefs.handlers.viewed import ViewedImage
 from basefs.views.choice import Views
 from basefs.views.qcow2 import Qcow2View
 from basefs.views.stored import StoredView
@@ -31,22 +31,12 @@ from basefs.views.stored import StoredView
 log = logging.getLogger(__name__)
 
 
-class DownloadedImage:
+class DownloadedImage(ViewedImage):
     """A prepared image: its view over its fetcher."""
 
     def __init__(self, fetcher: ImageFetcher, view: StoredView | Qcow2View) -> None:
+        super().__init__(view)
         self.fetcher = fetcher
-        self._view = view
-        self.hit: Callable[[int, int], memoryview | bytes | None] = view.hit
-
-    @property
-    def size(self) -> int:
-        """See `PreparedImage.size`."""
-        return self._view.size
-
-    async def read(self, offset: int, size: int, patience: Patience) -> bytes | memoryview:
-        """See `PreparedImage.read`."""
-        return await self._view.read(offset, size, deadline_s=patience.deadline_s, patient=patience.is_guest)
 
 
 class DownloadedImages:
