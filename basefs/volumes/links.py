@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 
 import trio
+from oslo_config import cfg
 
 from basefs.config.volume_options import VolumeLinkingSettings
 from basefs.core.link_record import LinkRecord
+from basefs.volumes.access import open_cinder
 from basefs.volumes.attaching import Attacher
 from basefs.volumes.base import AttachedVolume, FoundVolume, ImageFacts, Note
 from basefs.volumes.brick import Brick
@@ -16,18 +18,29 @@ from basefs.volumes.finding import Locations, VolumeFinder
 from basefs.volumes.removing import Remover
 
 
-class CinderVolumeLinks:
-    """See `VolumeLinks`. Helper processes and their logs live in `nursery`, and end with it."""
+def open_volume_links(
+    conf: cfg.ConfigOpts, settings: VolumeLinkingSettings, locations: Locations, *, nursery: trio.Nursery
+) -> "CinderVolumeLinks":
+    """The links that `[cinder]` and `[volume_linking]` describe. Nothing is sent or started yet.
 
-    def __init__(
-        self, cinder: Cinder, locations: Locations, settings: VolumeLinkingSettings, *, nursery: trio.Nursery
-    ) -> None:
-        brick = Brick(
-            nursery=nursery,
-            helpers_max=settings.attach_concurrency_max,
-            lock_path=settings.lock_path,
-            is_multipath=settings.multipath,
-        )
+    Helper processes and what reads their logs live in `nursery`, and end with it.
+
+    Raises:
+        ConfigError: `[cinder]` is not usable.
+    """
+    brick = Brick(
+        nursery=nursery,
+        helpers_max=settings.attach_concurrency_max,
+        lock_path=settings.lock_path,
+        is_multipath=settings.multipath,
+    )
+    return CinderVolumeLinks(open_cinder(conf), locations, settings, brick)
+
+
+class CinderVolumeLinks:
+    """See `VolumeLinks`."""
+
+    def __init__(self, cinder: Cinder, locations: Locations, settings: VolumeLinkingSettings, brick: Brick) -> None:
         self._finder = VolumeFinder(
             cinder,
             locations,
