@@ -111,14 +111,19 @@ class Helper:
             socket.send_fds(self._socket, [data], rights)
             with trio.fail_after(limit_s):
                 await trio.lowlevel.wait_readable(self._socket)
-            reply, fds, _flags, _address = socket.recv_fds(self._socket, ANSWER_BYTES_MAX, 1, socket.MSG_CMSG_CLOEXEC)
+            reply, fds, _flags, _address = socket.recv_fds(self._socket, ANSWER_BYTES_MAX, 1)
+            for fd in fds:
+                os.set_inheritable(fd, False)  # the flag of recv_fds that does it is not heeded by Python 3.11
         except trio.TooSlowError:
             raise errors.VolumeError(f"{what}: no answer within {limit_s:g} s") from None
         except OSError as exc:
             raise errors.VolumeError(f"{what}: the helper process ended ({exc.strerror})") from exc
         if not reply:
             raise errors.VolumeError(f"{what}: the helper process ended")
-        answer: dict[str, Any] = json.loads(reply)
+        try:
+            answer: dict[str, Any] = json.loads(reply)
+        except ValueError:
+            raise errors.VolumeError(f"{what}: the helper's answer cannot be understood") from None
         if "refused" in answer:
             raise errors.NoVolumeError(f"{answer['refused']}")
         if "error" in answer:

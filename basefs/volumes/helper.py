@@ -54,9 +54,11 @@ def main() -> None:
         logging.basicConfig(handlers=[handler], level=logging.INFO)
         _set_up(lock_path=sys.argv[2])
         while True:
-            data, fds, _flags, _address = socket.recv_fds(server, REQUEST_BYTES_MAX, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _flags, _address = socket.recv_fds(server, REQUEST_BYTES_MAX, 1)
             if not data:
                 return
+            for received in fds:
+                os.set_inheritable(received, False)
             answer, fd = _answer(json.loads(data), fds[0] if fds else None)
             for received in fds:
                 os.close(received)
