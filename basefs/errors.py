@@ -111,6 +111,14 @@ class NoVolumeError(VolumeError):
     """There is no volume that may be linked for the image; the message is the reason."""
 
 
+class VolumeGoneError(VolumeError):
+    """Cinder itself said that there is no such volume or attachment (404), or does not show it to us."""
+
+
+class VolumeBusyError(VolumeError):
+    """The volume's or attachment's state does not allow it now (400, 409): somebody else attaches it, say."""
+
+
 # --- the cache -------------------------------------------------------------------------------------
 
 
