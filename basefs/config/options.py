@@ -273,8 +273,15 @@ def list_opts() -> list[tuple[str, list[Any]]]:
     """What `oslo-config-generator --namespace basefs` writes. [DEFAULT] comes from the namespace `oslo.log`."""
     from keystoneauth1 import loading
 
+    from basefs.config import volume_options
+
     glance = {opt.dest: opt for opt in glance_common_opts()}
     for auth_type in SAMPLE_AUTH_TYPES:
         for opt in loading.get_auth_plugin_conf_options(auth_type):
             glance.setdefault(opt.dest, opt)
-    return [("basefs", BASEFS_OPTS), (GLANCE_SECTION, list(glance.values()))]
+    return [
+        ("basefs", BASEFS_OPTS),
+        (GLANCE_SECTION, list(glance.values())),
+        (volume_options.LINKING_SECTION, volume_options.VOLUME_LINKING_OPTS),
+        (volume_options.CINDER_SECTION, volume_options.cinder_common_opts()),
+    ]
