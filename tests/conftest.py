@@ -13,9 +13,11 @@ import trio.testing
 
 from tools.mount import BasefsMount, MountError, basefs_mounts
 from tools.rig import Rig
+from tools.rig.leftovers import loop_devices_below
 from tools.secrets_used import said_files, secrets_in
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+CINDER_RIGS = {"cinder_rig", "cinder_keystone_rig", "ceph_rig"}
 LOG_LINE = re.compile(r"^\S+ \S+ \d+ (?:WARNING|ERROR|CRITICAL) (?P<record>basefs\S* .*)$")
 
 
@@ -50,6 +52,67 @@ def keystone_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """A real Glance behind a real Keystone, whose tokens live 34 s: keystoneauth renews them after four."""
     with Rig(tmp_path_factory.mktemp("keystone-rig"), auth="keystone", token_expiration_s=34) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def _cinder_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with Rig(tmp_path_factory.mktemp("cinder-rig"), nfs=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def _cinder_keystone_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with Rig(tmp_path_factory.mktemp("cinder-keystone-rig"), auth="keystone", cinder=True) as running:
+        yield running
+
+
+@pytest.fixture
+def cinder_rig(_cinder_session: Rig) -> Iterator[Rig]:
+    """A real Glance and a real Cinder with fake auth, for the whole session (5 s); `upload_cinder`, `place_cinder`.
+
+    With the loop driver's backend, and the stock NFS driver's. Fails a test that left an attachment, a loop device or a
+    clone of basefs behind. Who stops or freezes Cinder brings it back.
+    """
+    yield _cinder_session
+    _assert_no_links(_cinder_session)
+
+
+@pytest.fixture
+def cinder_keystone_rig(_cinder_keystone_session: Rig) -> Iterator[Rig]:
+    """As `cinder_rig` without NFS, behind a real Keystone: for what roles may do (7 s)."""
+    yield _cinder_keystone_session
+    _assert_no_links(_cinder_keystone_session)
+
+
+@pytest.fixture(scope="session")
+def _ceph_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with Rig(tmp_path_factory.mktemp("ceph-rig"), ceph=True) as running:
+        yield running
+
+
+@pytest.fixture
+def ceph_rig(_ceph_session: Rig) -> Iterator[Rig]:
+    """As `cinder_rig`, with a Ceph, Cinder's RBD driver and Glance's rbd store on it; 14 s to start."""
+    yield _ceph_session
+    _assert_no_links(_ceph_session)
+
+
+def _assert_no_links(rig: Rig) -> None:
+    """Fail when an image of the rig is still attached, or was cloned and its clone is there; take that away first."""
+    cinder = rig.cinder_api()
+    attachments, volumes = cinder.attachments(), cinder.volumes()
+    for one in attachments:
+        cinder.delete_attachment(one["id"])
+    clones = [one for one in volumes if "basefs_host" in one["metadata"] and one["status"] != "deleting"]
+    for one in clones:
+        cinder.wait_for(one["id"], "available")
+        cinder.delete_volume(one["id"])
+    devices = loop_devices_below(rig.directory)
+    for device in devices:
+        subprocess.run(["losetup", "-d", device], check=False)
+    assert not attachments, f"attachments left behind: {attachments}"
+    assert not clones, f"clones left behind: {[(one['id'], one['name'], one['status']) for one in clones]}"
+    assert not devices, f"loop devices left behind: {devices}"
 
 
 # -- log records that nobody expected
@@ -174,6 +237,8 @@ def basefs_mount(
     process that has to be killed at the end fails the test.
     """
     made: list[BasefsMount] = []
+    for name in CINDER_RIGS & set(request.fixturenames):
+        request.getfixturevalue(name)  # now, so that it looks for what was left when we are gone
 
     def make(
         glance: Rig | str | None = None,

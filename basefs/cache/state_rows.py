@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from basefs.catalog.records import ImageEntry, ImageRecord, LocalState, Verdict, VerdictState
+from basefs.core.link_record import LinkRecord
 from basefs.core.names import base_name_of
 
 SCHEMA_VERSION = 1
@@ -32,6 +33,7 @@ _DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_E
 """SQLITE_ERROR: a table or column is not there."""
 RECORD_FIELDS = tuple(field.name for field in dataclasses.fields(ImageRecord))
 _LOCAL_FIELDS = tuple(field.name for field in dataclasses.fields(LocalState))
+_LINK_FIELDS = tuple(field.name for field in dataclasses.fields(LinkRecord))
 
 
 Statements = list[tuple[str, Sequence[Sequence[Any]]]]
@@ -84,14 +86,25 @@ def _entry_of(
         base_name=base_name_of(image_id),
         record=ImageRecord(**{name: fields.get(name) for name in RECORD_FIELDS}),
         verdict=Verdict(state=verdict, reason=reason),
-        local=LocalState(**{name: value for name, value in json.loads(local).items() if name in _LOCAL_FIELDS}),
+        local=_local_of(json.loads(local)),
         is_gone=bool(is_gone),
     )
 
 
+def _local_of(fields: dict[str, Any]) -> LocalState:
+    local = LocalState(**{name: value for name, value in fields.items() if name in _LOCAL_FIELDS})
+    if (link := fields.get("link")) is not None:
+        known = {name: value for name, value in link.items() if name in _LINK_FIELDS}
+        local.link = LinkRecord(**known | {"attachments_before": tuple(known.get("attachments_before", ()))})
+    return local
+
+
 def local_row(entry: ImageEntry) -> tuple[Any, ...]:
     """What UPDATE_LOCAL takes."""
-    local = json.dumps({name: getattr(entry.local, name) for name in _LOCAL_FIELDS})
+    fields = {name: getattr(entry.local, name) for name in _LOCAL_FIELDS}
+    if entry.local.link is not None:
+        fields["link"] = dataclasses.asdict(entry.local.link)
+    local = json.dumps(fields)
     return entry.verdict.state, entry.verdict.reason, local, int(entry.is_gone), entry.number
 
 

@@ -8,6 +8,8 @@ and changing it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from basefs.core.link_record import LinkRecord
+
 VerdictState = Literal["unchecked", "servable", "refused"]
 WholeState = Literal["unknown", "verified", "no_hash", "refetching", "quarantined"]
 """What is known of an image as a whole: `unknown` (not complete, or not hashed yet), `verified` (it has the hash that
@@ -62,6 +64,8 @@ class LocalState:
     `shown_size` is what the content check found the raw view to be long; None where the stored bytes are shown.
     `checked_view` is the `view` that the verdict on the content of a qcow2 image was made for.
     `is_wanted`: nova asked for all of it (its pre-cache call). `is_graduated`: we made it a lower file of its own name.
+    `link` is what was begun in Cinder for it. `no_volume` is why it has no volume that may be linked: empty when it has
+    one, None when that was not looked at; only `template_image_handler = volume-linking` asks.
     """
 
     used_at_ns: int | None = None
@@ -81,6 +85,8 @@ class LocalState:
     is_wanted: bool = False
     whole: WholeState = "unknown"
     is_graduated: bool = False
+    link: LinkRecord | None = None
+    no_volume: str | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

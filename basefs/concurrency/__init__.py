@@ -1,1 +1,1 @@
-"""single flight and the one door to threads."""
+"""Single flight, the one door to threads, and blocking HTTP that can be cancelled."""

@@ -31,6 +31,23 @@ class BlockingCalls:
         """
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter, abandon_on_cancel=False)
 
+    async def run_within(self, limit_s: float, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """As `run`, for a call that has no effect: one that does not come back in time is left behind in its thread.
+
+        It keeps its turn until it ends. `limit_s` includes the wait for a turn.
+
+        Raises:
+            TooSlowError: there is no result within `limit_s`.
+        Cancellation: at any time; the call is left behind.
+        """
+        with trio.fail_after(limit_s):
+            return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter, abandon_on_cancel=True)
+
+    async def take_all_turns(self) -> None:
+        """Return when no call is in a thread, those left behind included. Call none any more from before that on."""
+        for _ in range(int(self._limiter.total_tokens)):
+            await self._limiter.acquire_on_behalf_of(object())
+
     @property
     def busy(self) -> int:
         """Calls in threads now."""

@@ -17,15 +17,24 @@ from basefs.config.checks import check_together
 from basefs.config.files import DEFAULT_CONFIG_FILE, Entry, find_config_files, read_entries
 from basefs.config.options import BASEFS_OPTS, GLANCE_SECTION, glance_common_opts
 from basefs.config.settings import Settings
+from basefs.config.volume_options import (
+    CINDER_SECTION,
+    LINKING_SECTION,
+    VOLUME_LINKING_OPTS,
+    cinder_auth_section,
+    cinder_common_opts,
+    volume_linking_settings,
+)
 from basefs.errors import ConfigError
 
 _PATH_OPTIONS = ("mountpoint", "cache_dir", "control_socket", "instances_path")
+_OUR_SECTIONS = ("basefs", LINKING_SECTION)
 _ENDPOINT_NEEDED = ("none", "admin_token", "http_basic")
 """Plugins without a service catalog: where Glance is must be said."""
 
 
 def load_settings(config_files: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> tuple[cfg.ConfigOpts, Settings]:
-    """The options as oslo.config has them (for [glance] and oslo.log) and the checked settings of [basefs].
+    """The options as oslo.config has them (for [glance], [cinder] and oslo.log) and the checked settings of the others.
 
     Which files are read: see `find_config_files`. Neither the mount point nor anything in it is touched while
     basefs is mounted, so that this never waits for a server, and a server may call it.
@@ -37,7 +46,9 @@ def load_settings(config_files: Sequence[str] = (), config_dirs: Sequence[str] =
     entries = read_entries(paths)
     conf = _parsed(paths)
     conf.register_opts(glance_common_opts(), group=GLANCE_SECTION)
+    conf.register_opts(cinder_common_opts(), group=CINDER_SECTION)
     auth_section = _register_auth(conf, paths, entries)
+    _register_cinder_auth(conf, entries)
     known = _known_keys(conf)
     _refuse_unknown(entries, known)
     _check_values(conf, entries)
@@ -50,13 +61,13 @@ def load_settings(config_files: Sequence[str] = (), config_dirs: Sequence[str] =
 def load_mount_settings(
     config_files: Sequence[str] = (), config_dirs: Sequence[str] = ()
 ) -> tuple[cfg.ConfigOpts, Settings]:
-    """What `basefs mount --background` itself needs: [basefs] and oslo.log's options; the server checks the rest.
+    """What `basefs mount --background` itself needs: all but [glance] and [cinder], which the server checks.
 
     The server calls `load_settings` before anything is mounted, and its error is the command's. So keystoneauth is
     imported once a start, not twice: 0.4 s of 2.
 
     Raises:
-        ConfigError: As `load_settings`, but unknown keys and [glance] are not looked at.
+        ConfigError: As `load_settings`, but unknown keys, [glance] and [cinder] are not looked at.
     """
     paths = find_config_files(config_files, config_dirs)
     entries = read_entries(paths)
@@ -71,6 +82,7 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
     log.register_options(conf)
     conf.register_opts(BASEFS_OPTS, group="basefs")
+    conf.register_opts(VOLUME_LINKING_OPTS, group=LINKING_SECTION)
     try:
         conf(args=[], project="basefs", prog="basefs", default_config_files=paths, default_config_dirs=[])
     except (cfg.Error, ValueError) as exc:
@@ -81,7 +93,6 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
 
 def _register_auth(conf: cfg.ConfigOpts, paths: list[str], entries: list[Entry]) -> str:
     """Make the options of the chosen auth plugin known; the section they are read from."""
-    from keystoneauth1 import exceptions as ksa_exceptions
     from keystoneauth1 import loading
 
     try:
@@ -97,6 +108,32 @@ def _register_auth(conf: cfg.ConfigOpts, paths: list[str], entries: list[Entry])
             f"[{section}] auth_type is not set: say how basefs authenticates to Glance, e.g. password, "
             f"v3applicationcredential or none; read: {read}"
         )
+    _register_plugin(conf, entries, section, auth_type)
+    return section
+
+
+def _register_cinder_auth(conf: cfg.ConfigOpts, entries: list[Entry]) -> None:
+    """As `_register_auth`, for a [cinder] that has an auth plugin of its own; without one it uses that of [glance]."""
+    from keystoneauth1 import loading
+
+    try:
+        section = cinder_auth_section(conf)
+        if section == (conf[GLANCE_SECTION].auth_section or GLANCE_SECTION):
+            return
+        if section != CINDER_SECTION:
+            conf.register_opts(loading.get_auth_common_conf_options(), group=section)
+        auth_type = conf[section].auth_type
+    except cfg.Error:
+        raise ConfigError("[cinder] auth_type, auth_section: a $ must be written $$") from None
+    if not auth_type:
+        raise ConfigError(f"[{section}] auth_type is not set, and [cinder] auth_section names that section")
+    _register_plugin(conf, entries, section, auth_type)
+
+
+def _register_plugin(conf: cfg.ConfigOpts, entries: list[Entry], section: str, auth_type: str) -> None:
+    from keystoneauth1 import exceptions as ksa_exceptions
+    from keystoneauth1 import loading
+
     try:
         plugin_opts = loading.get_auth_plugin_conf_options(auth_type)
     except ksa_exceptions.NoMatchingPlugin:
@@ -104,7 +141,6 @@ def _register_auth(conf: cfg.ConfigOpts, paths: list[str], entries: list[Entry])
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"{_place(entries, section, 'auth_type')}: there is no such auth plugin{hint}") from None
     conf.register_opts(plugin_opts, group=section)
-    return section
 
 
 def _known_keys(conf: cfg.ConfigOpts) -> dict[str, set[str]]:
@@ -161,7 +197,7 @@ def _check_values(conf: cfg.ConfigOpts, entries: list[Entry]) -> None:
         try:
             value = conf[opt.dest] if section == "DEFAULT" else conf[section][opt.dest]
             # `name =` makes a number None, and NaN is neither below a minimum nor above a maximum.
-            if section == "basefs" and ((value is None and opt.default is not None) or value != value):
+            if section in _OUR_SECTIONS and ((value is None and opt.default is not None) or value != value):
                 problems.append(f"{_place(entries, section, opt.dest)}: is no value")
         except ValueError as exc:
             problems.append(f"{_place(entries, section, opt.dest)}: {_value_problem(section, opt, exc)}")
@@ -173,7 +209,7 @@ def _check_values(conf: cfg.ConfigOpts, entries: list[Entry]) -> None:
 
 
 def _value_problem(section: str, opt: cfg.Opt, exc: ValueError) -> str:
-    if opt.secret or section not in {"basefs", "DEFAULT"}:
+    if opt.secret or section not in {*_OUR_SECTIONS, "DEFAULT"}:
         return f"the value is no {opt.type}"
     return str(exc).partition(" is not valid: ")[2] or str(exc)
 
@@ -223,4 +259,4 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
         except OSError as exc:
             raise ConfigError(f"[basefs] {name} = {text}: {exc.strerror}") from None
     values["instances_path"] = values["instances_path"] or Path(values["mountpoint"]).parent
-    return Settings(**values)
+    return Settings(**values, volume_linking=volume_linking_settings(conf, values["cache_dir"]))

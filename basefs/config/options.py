@@ -47,9 +47,9 @@ _SHOWN = [
         "template_image_handler",
         default="auto",
         choices=[
-            ("auto", "the best way this version has for each image"),
+            ("auto", "from the Cinder volume behind the image where there is one, else as downloading"),
             ("downloading", "chunks over the Glance API into the local cache, when they are read"),
-            ("volume-linking", "the Cinder volume behind the image; not in this version"),
+            ("volume-linking", "as auto, but images without a volume are not shown: nova downloads those"),
         ],
         help="How base images are prepared.",
     ),
@@ -273,8 +273,15 @@ def list_opts() -> list[tuple[str, list[Any]]]:
     """What `oslo-config-generator --namespace basefs` writes. [DEFAULT] comes from the namespace `oslo.log`."""
     from keystoneauth1 import loading
 
+    from basefs.config import volume_options
+
     glance = {opt.dest: opt for opt in glance_common_opts()}
     for auth_type in SAMPLE_AUTH_TYPES:
         for opt in loading.get_auth_plugin_conf_options(auth_type):
             glance.setdefault(opt.dest, opt)
-    return [("basefs", BASEFS_OPTS), (GLANCE_SECTION, list(glance.values()))]
+    return [
+        ("basefs", BASEFS_OPTS),
+        (GLANCE_SECTION, list(glance.values())),
+        (volume_options.LINKING_SECTION, volume_options.VOLUME_LINKING_OPTS),
+        (volume_options.CINDER_SECTION, volume_options.cinder_common_opts()),
+    ]

@@ -4,14 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from basefs.config.volume_options import VolumeLinkingSettings
+
 Handler = Literal["auto", "downloading", "volume-linking"]
 View = Literal["raw", "stored"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """`[basefs]` of the configuration files, checked together. Paths are absolute, without links or `..`.
+    """`[basefs]` and `[volume_linking]` of the configuration files, checked together.
 
+    Paths are absolute, without links or `..`.
     Names and bounds are those of `options.py`; `*_s` are seconds, `*_bytes` bytes.
     """
 
@@ -45,3 +48,4 @@ class Settings:
     metrics_listen: str
     watchdog_s: float
     upgrade_deadline_s: float
+    volume_linking: VolumeLinkingSettings

@@ -14,15 +14,17 @@ class LinkRecord:
     """One image's volume on this host. Holds no secret: ids, names, paths.
 
     `clone_id` is the volume that was made of the image's for this host, None where the image's own is attached (or the
-    clone has no id yet). `attachments_before` are those the volume had when ours was asked for: one that has no
-    connector and is not among them may be ours, should its id have been lost. `connector` is os-brick's
-    `driver_volume_type`, `device` the path, None where there is none.
+    clone has no id yet); `clone_tag` is in its metadata from the beginning, so one whose id was lost is found by it.
+    `attachments_before` are those the volume had when ours was asked for: one that has no connector and is not among
+    them may be ours, should its id have been lost. `connector` is os-brick's `driver_volume_type`, `device` the path,
+    None where there is none.
     """
 
     stage: LinkStage
     volume_id: str
     found_by: FoundBy
     is_cloned: bool = False
+    clone_tag: str | None = None
     clone_id: str | None = None
     attachments_before: tuple[str, ...] = ()
     attachment_id: str | None = None

@@ -53,6 +53,11 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
     errors.SourceCorruptError: errno.EIO,
     errors.SourceHashError: errno.EIO,
     errors.RangeNotHonouredError: errno.EIO,
+    errors.VolumeError: errno.EIO,
+    errors.NoVolumeError: errno.EIO,
+    errors.VolumeRefusedError: errno.EIO,
+    errors.VolumeGoneError: errno.EIO,
+    errors.VolumeBusyError: errno.EIO,
     errors.CacheError: errno.EIO,
     errors.NoSuchEntryError: errno.ENOENT,
     # Never EPERM or EACCES: libvirt takes those for fatal where it tolerates EROFS and ENOTSUP.

@@ -3,9 +3,22 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from basefs.catalog.records import ImageEntry
+from basefs.core.link_record import LinkRecord
+
+LinkState = Literal["none", "finding", "linking", "reopening", "linked", "refused", "broken", "detaching"]
+"""Where an image stands between Glance and its volume: `handlers/links.py`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkReport:
+    """What is told of an image's link; `reason`: why it is refused or broken. No secret in it."""
+
+    state: LinkState
+    reason: str | None
+    record: LinkRecord | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +112,10 @@ class TemplateImageHandler(ABC):
     @abstractmethod
     def is_hydrating(self, entry: ImageEntry) -> bool:
         """Whether the whole image is being brought because it is in use."""
+
+    def link(self, entry: ImageEntry) -> LinkReport | None:  # noqa: ARG002 (only volume-linking has links)
+        """How the image is linked to its volume; None where this handler links none."""
+        return None
 
     @abstractmethod
     async def close(self) -> None:

@@ -12,6 +12,10 @@ class ImageUses:
         self._handler = handler
         self.overlays = overlays
 
+    def has_open(self, entry: ImageEntry) -> bool:
+        """Whether somebody has the image open."""
+        return self._handler.open_handles(entry) > 0
+
     def why_in_use(self, entry: ImageEntry) -> list[str]:
         """The reasons, in an operator's words; empty when there is none."""
         reasons = []

@@ -11,15 +11,17 @@ from typing import Any, TypeVar, TypeVarTuple
 import requests
 import trio
 from keystoneauth1 import exceptions as ksa
-from keystoneauth1 import loading, noauth, session
+from keystoneauth1 import loading, session
 from keystoneauth1.identity.base import BaseIdentityPlugin
 from oslo_config import cfg
 
 from basefs import errors
+from basefs.concurrency.anonymous import without_token
+from basefs.concurrency.exchange import EndpointName, Exchange, asking, run_interruptibly
 from basefs.concurrency.threads import BlockingCalls
+from basefs.core.safe_text import safe_text
 from basefs.sources.endpoints import Contact, Endpoints
-from basefs.sources.exchange import EndpointName, Exchange, asking, run_interruptibly
-from basefs.sources.http_errors import error_of_status, retry_after_s, safe_text, translated
+from basefs.sources.http_errors import error_of_status, retry_after_s, translated
 from basefs.sources.session import GlanceSession, http_session, without_version
 from basefs.sources.tokens import TokenLife
 
@@ -49,14 +51,6 @@ class Identity:
     project_id: str | None = None
     project_name: str | None = None
     roles: tuple[str, ...] = ()
-
-
-class _Anonymous(noauth.NoAuth):
-    """`auth_type = none` that sends no token at all; keystoneauth's sends "notused", which a Glance may refuse."""
-
-    def get_headers(self, session: Any) -> dict[str, str]:  # noqa: ANN401, ARG002  (keystoneauth's signature)
-        """No headers."""
-        return {}
 
 
 class GlanceAccess:
@@ -242,8 +236,7 @@ def open_glance(conf: cfg.ConfigOpts, *, threads_max: int, group: str = "glance"
         auth = loading.load_auth_from_conf_options(conf, group)
         if auth is None:
             raise errors.ConfigError(f"[{group}] auth_type is not set")
-        if isinstance(auth, noauth.NoAuth):
-            auth = _Anonymous(endpoint=auth.endpoint)
+        auth = without_token(auth)
         http = http_session(
             section.tls_ciphers, section.tls_min_version, connections_max=threads_max + METADATA_THREADS_MAX
         )

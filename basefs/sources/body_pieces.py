@@ -11,8 +11,8 @@ import requests
 import trio
 
 from basefs import errors
+from basefs.concurrency.exchange import Answer
 from basefs.sources.bodies import Pace
-from basefs.sources.exchange import Answer
 from basefs.sources.http_errors import translated
 
 READ_BYTES_MAX = 256 * 1024

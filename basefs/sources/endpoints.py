@@ -14,10 +14,10 @@ from typing import Any
 import trio
 
 from basefs import errors
+from basefs.concurrency.exchange import EndpointName, Exchange, run_interruptibly
 from basefs.concurrency.outage import Outage
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.breaker import Breaker
-from basefs.sources.exchange import EndpointName, Exchange, run_interruptibly
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from urllib.parse import quote
 import requests
 
 from basefs import errors
+from basefs.concurrency.exchange import current_exchange
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.byte_ranges import range_header
 from basefs.sources.access import GlanceAccess
 from basefs.sources.base import Deliver, Digest, ProbeResult, new_hasher
 from basefs.sources.bodies import check_content_range, content_length
 from basefs.sources.body_pieces import Body
-from basefs.sources.exchange import current_exchange
 from basefs.sources.http_errors import error_of_status, retry_after_s, text_of_body, translated
 from basefs.sources.session import is_word_of_glance
 

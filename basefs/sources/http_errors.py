@@ -10,9 +10,9 @@ from email.utils import parsedate_to_datetime
 import requests
 import urllib3
 from keystoneauth1 import exceptions as ksa
-from oslo_utils import strutils
 
 from basefs import errors
+from basefs.core.safe_text import safe_text
 
 RETRY_AFTER_MAX_S = 3600.0
 _TRANSPORT_ERRORS = (
@@ -22,18 +22,8 @@ _TRANSPORT_ERRORS = (
     urllib3.exceptions.HTTPError,
     ksa.ClientException,
 )
-_TEXT_CHARS_MAX = 300
-_USER_IN_URL = re.compile(r"//[^/@\s]+@")
-_QUERY = re.compile(r"\?[^\s'\")]*")
 _TAG = re.compile(r"<(title|head).*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 _DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
-_SPACE = re.compile(r"\s+")
-
-
-def safe_text(text: str) -> str:
-    """`text` for people, in one line of at most 300 characters, without passwords, tokens and users of URLs."""
-    masked = _USER_IN_URL.sub("//***@", strutils.mask_password(_QUERY.sub("", text)))
-    return _SPACE.sub(" ", masked).strip()[:_TEXT_CHARS_MAX]
 
 
 def text_of_error(exc: BaseException) -> str:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from basefs import errors
+from basefs.core.safe_text import safe_text
 from basefs.sources.access import GlanceAccess
-from basefs.sources.http_errors import error_of_status, safe_text, text_of_error, translated
+from basefs.sources.http_errors import error_of_status, text_of_error, translated
 
 if TYPE_CHECKING:
     from glanceclient.v2 import client

@@ -11,8 +11,8 @@ from keystoneauth1 import exceptions as ksa
 from keystoneauth1 import plugin, session
 
 from basefs import errors
-from basefs.sources.exchange import EndpointName, InterruptibleAdapter, asking, current_exchange
-from basefs.sources.http_errors import safe_text
+from basefs.concurrency.exchange import EndpointName, InterruptibleAdapter, asking, current_exchange
+from basefs.core.safe_text import safe_text
 from basefs.sources.request_stats import HttpStats, request_kind
 
 TlsVersion = Literal["1.2", "1.3"] | None

@@ -92,6 +92,16 @@ class VolumeLinks(Protocol):
         """
         ...
 
+    async def adopt(self, record: LinkRecord, fd: int, connection_fd: int) -> AttachedVolume:
+        """Go on with an attachment whose fd (`fd_to_hold`) and connection an earlier server had held: nobody is asked.
+
+        Both fds are the answer's; on an error they stay the caller's.
+
+        Raises:
+            VolumeError: `fd` is no volume that can be read.
+        """
+        ...
+
     async def detach(self, record: LinkRecord, connection_fd: int | None, note: Note) -> None:
         """Disconnect, delete the attachment and the clone; nobody reads any more. `connection_fd` stays the caller's.
 

@@ -45,6 +45,7 @@ class Node:
     handler: DownloadingTemplateImageHandler
     services: FetchServices
     source: MemorySource
+    directory: Path
     entries_by_id: dict[str, ImageEntry] = field(default_factory=dict)
     bases: set[str] = field(default_factory=set)
     highest_bytes: int = 0
@@ -77,7 +78,7 @@ class Node:
 
     def files_bytes(self) -> int:
         """What the files hold of the disk, as du counts it."""
-        return sum(512 * path.stat().st_blocks for path in self.handler._chunks_dir.iterdir())
+        return sum(512 * path.stat().st_blocks for path in self.directory.iterdir())
 
     def cached(self, entry: ImageEntry) -> int:
         return entry.local.cached_bytes
@@ -114,7 +115,7 @@ async def a_node(directory: Path, *, limits: CacheLimits | None = None) -> Async
     async with trio.open_nursery() as nursery:
         services = make_services(nursery, source, directory, limits=limits or CacheLimits(max_bytes=LIMIT))
         handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views("raw"))
-        node = Node(handler, services, source)
+        node = Node(handler, services, source, directory)
         nursery.start_soon(services.evictor.run, node)
         yield node
         await handler.close()

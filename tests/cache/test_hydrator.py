@@ -91,7 +91,7 @@ async def hydrated_node(
             changed=lambda entry: node.note_change(entry),
         )  # fmt: skip
         handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views("raw"))
-        node = HydratedNode(handler, services, source)
+        node = HydratedNode(handler, services, source, directory)
         node.hydrator = Hydrator(
             node, handler.warmer, node, HydrationSettings(is_on=is_on, delay_s=DELAY_S), services.outage,
             services.changed, now_ns=node.now_ns,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from basefs.config import Settings, find_config_files, load_settings
 from basefs.config.options import BASEFS_OPTS
+from basefs.config.volume_options import VOLUME_LINKING_OPTS, VolumeLinkingSettings
 from basefs.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,8 @@ def test_instances_path_is_the_parent_of_the_mount_point(config_file):
 
 
 def test_settings_and_options_have_the_same_names():
-    assert {opt.dest for opt in BASEFS_OPTS} == set(Settings.__slots__)
+    assert {opt.dest for opt in BASEFS_OPTS} | {"volume_linking"} == set(Settings.__slots__)
+    assert {opt.dest for opt in VOLUME_LINKING_OPTS} == set(VolumeLinkingSettings.__slots__)
 
 
 def test_paths_lose_links_and_dots(config_file):

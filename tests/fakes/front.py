@@ -42,6 +42,12 @@ class Rule:
     times: int | None = None
     to_let_pass: int = 0
     hits: int = 0
+    is_instead: bool = False
+
+    def instead(self) -> Self:
+        """What it fits is not even forwarded: what was asked for is not done."""
+        self.is_instead = True
+        return self
 
     def after(self, requests: int) -> Self:
         """Let the first `requests` that fit pass unspoilt."""
@@ -169,21 +175,21 @@ class MisbehavingFront:
         """The answer, spoilt if a rule says so."""
         with self._state.lock:
             self._state.requests.append(request)
-            faults = self._faults_for(request)
-        answer = self._right_answer(request)
-        for fault in faults:
+            rule = self._rule_for(request)
+        answer = Answer(status=200) if rule and rule.is_instead else self._right_answer(request)
+        for fault in rule.faults if rule else ():
             answer = fault(answer)
         return answer
 
-    def _faults_for(self, request: Request) -> tuple[Fault, ...]:
+    def _rule_for(self, request: Request) -> Rule | None:
         for rule in self._state.rules:
             if rule.fits(request):
                 if rule.to_let_pass > 0:
                     rule.to_let_pass -= 1
-                    return ()
+                    return None
                 rule.hits += 1
-                return rule.faults
-        return ()
+                return rule
+        return None
 
     def _right_answer(self, request: Request) -> Answer:
         for prefix, route in self.extra_routes.items():

@@ -48,7 +48,7 @@ async def test_an_image_removed_just_after_it_was_prepared_is_prepared_again(tmp
             await handler.released(entry)
 
         async def remove_as_soon_as_it_is_there() -> None:
-            while entry.number not in handler._images:
+            while handler._images.get(entry.number) is None:
                 await trio.lowlevel.checkpoint()
             await handler.remove_image(entry)
 

@@ -25,9 +25,12 @@ PATIENCE = Patience(deadline_s=5, is_guest=False)
 class Site:
     """A gate and a handler over one image of a source; `view` is the option."""
 
-    def __init__(self, gate: ServableGate, handler: DownloadingTemplateImageHandler, source: MemorySource) -> None:
+    def __init__(
+        self, gate: ServableGate, handler: DownloadingTemplateImageHandler, source: MemorySource, views: Views
+    ) -> None:
         self.gate = gate
         self.handler = handler
+        self.views = views
         self.source = source
 
     async def check(self, entry: ImageEntry) -> None:
@@ -49,12 +52,13 @@ def sites(tmp_path: Path) -> Sites:
         directory.mkdir(exist_ok=True)
         async with trio.open_nursery() as nursery:
             services = make_services(nursery, source, directory)
-            handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views(view))
+            views = Views(view)
+            handler = DownloadingTemplateImageHandler(directory, CHUNK, services, views)
             gate = ServableGate(
                 source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=1,
                 require_verified=False, is_in_use=lambda _entry: False,
             )  # fmt: skip
-            yield Site(gate, handler, source)
+            yield Site(gate, handler, source, views)
             await handler.close()
             nursery.cancel_scope.cancel()
 
@@ -163,7 +167,7 @@ async def test_what_was_made_of_damaged_bytes_is_forgotten(sites: Sites, tmp_pat
         image = await site.image(entry)
         assert await image.read(0, MIB, PATIENCE) == disk[:MIB]
         assert image.hit(0, 65536) is not None
-        site.handler._views.forget(entry)
+        site.views.forget(entry)
         assert image.hit(0, 65536) is None
         assert await image.read(0, MIB, PATIENCE) == disk[:MIB]
         assert image.hit(0, 65536) is not None

@@ -1,4 +1,4 @@
-"""A real Glance (and, if asked for, a real Keystone) on loopback, as plain processes under one directory.
+"""A real Glance, and if asked for a real Keystone and Cinder, on loopback, as plain processes under one directory.
 
 Runs the services from `.venvs/glance`; imports nothing but the standard library, so that every venv can use it:
 
@@ -8,8 +8,9 @@ Runs the services from `.venvs/glance`; imports nothing but the standard library
 """
 
 from tools.rig.api import ApiError, GlanceApi
+from tools.rig.cinder_api import CinderApi
 from tools.rig.identity import PASSWORD
 from tools.rig.processes import RigError
-from tools.rig.rig import GlanceRequest, Rig
+from tools.rig.rig import Rig, ServedRequest
 
-__all__ = ["PASSWORD", "ApiError", "GlanceApi", "GlanceRequest", "Rig", "RigError"]
+__all__ = ["PASSWORD", "ApiError", "CinderApi", "GlanceApi", "Rig", "RigError", "ServedRequest"]

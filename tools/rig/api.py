@@ -94,14 +94,22 @@ class GlanceApi(Api):
             content_type="application/octet-stream",
         )
 
-    def upload(self, source: bytes | str | os.PathLike[str], name: str, disk_format: str = "raw", **props: Any) -> str:
-        """Make an image of these bytes, or of the file at this path; returns its id."""
+    def upload(
+        self,
+        source: bytes | str | os.PathLike[str],
+        name: str,
+        disk_format: str = "raw",
+        *,
+        store: str | None = None,
+        **props: Any,
+    ) -> str:
+        """Make an image of these bytes, or of the file at this path, in this store; returns its id."""
         image_id = self.create(name, disk_format, **props)
         if isinstance(source, bytes):
-            self.put_data(image_id, source)
+            self.put_data(image_id, source, store)
         else:
             with open(source, "rb") as data:
-                self.put_data(image_id, data)
+                self.put_data(image_id, data, store)
         return image_id
 
     def upload_many(self, sources: list[tuple[str, bytes]], threads: int = 4, **props: Any) -> list[str]:
@@ -134,9 +142,10 @@ class GlanceApi(Api):
             ),
         )
 
-    def add_location(self, image_id: str, url: str) -> None:
+    def add_location(self, image_id: str, url: str, store: str | None = None) -> None:
         """Make the bytes at `url` the image's; it is active afterwards, with no hashes."""
-        self.patch(image_id, {"op": "add", "path": "/locations/-", "value": {"url": url, "metadata": {}}})
+        metadata = {"store": store} if store else {}
+        self.patch(image_id, {"op": "add", "path": "/locations/-", "value": {"url": url, "metadata": metadata}})
 
     def action(self, image_id: str, name: str) -> None:
         """`deactivate` or `reactivate`."""

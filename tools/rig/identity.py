@@ -8,10 +8,13 @@ from tools.secrets_used import RIG_PASSWORD
 
 PASSWORD = RIG_PASSWORD
 ADMIN_USER = "admin"
-# user: (project, roles); `basefs` is the service user an operator would make for basefs.
+# user: (project, roles); `basefs` is the service user an operator would make for basefs, `basefs-service` one without
+# the admin role.
 USERS = {
     "glance": ("service", ("admin", "service")),
+    "cinder": ("service", ("admin", "service")),
     "basefs": ("service", ("admin", "service")),
+    "basefs-service": ("service", ("service", "member", "reader")),
     "u1": ("demo1", ("member", "reader")),
     "u2": ("demo2", ("member", "reader")),
 }

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from typing import IO
 
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 STOP_S = 5.0
 START_S = 90.0
 
@@ -85,6 +86,13 @@ class Service:
             self._process.wait(STOP_S)
         self.send(signal.SIGKILL)
         self._process.wait()
+
+
+def environment(venv: str, *, path: str = "", **more: str) -> dict[str, str]:
+    """Return the environment of a service that runs from `venv`, with the directory `path` at the front of its PATH."""
+    kept = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "PATH", "TMPDIR")}
+    kept["PATH"] = ":".join(part for part in (path, venv + "/bin", kept.get("PATH", "")) if part)
+    return {**kept, "PYTHONWARNINGS": "ignore", "PYTHONPATH": ROOT, **more}
 
 
 def run(name: str, argv: list[str], *, env: dict[str, str], log_directory: str) -> None:
