@@ -17,7 +17,7 @@ from tools.rig.leftovers import loop_devices_below
 from tools.secrets_used import said_files, secrets_in
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
-CINDER_RIGS = {"cinder_rig", "cinder_keystone_rig", "own_cinder_rig"}
+CINDER_RIGS = {"cinder_rig", "cinder_keystone_rig", "ceph_rig"}
 LOG_LINE = re.compile(r"^\S+ \S+ \d+ (?:WARNING|ERROR|CRITICAL) (?P<record>basefs\S* .*)$")
 
 
@@ -56,22 +56,22 @@ def keystone_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def _cinder_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with Rig(tmp_path_factory.mktemp("cinder-rig"), cinder=True) as running:
+    with Rig(tmp_path_factory.mktemp("cinder-rig"), nfs=True) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def _cinder_keystone_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with Rig(tmp_path_factory.mktemp("cinder-keystone-rig"), auth="keystone", nfs=True) as running:
+    with Rig(tmp_path_factory.mktemp("cinder-keystone-rig"), auth="keystone", cinder=True) as running:
         yield running
 
 
 @pytest.fixture
 def cinder_rig(_cinder_session: Rig) -> Iterator[Rig]:
-    """A real Glance and a real Cinder with fake auth, for the whole session; `upload_cinder`, `place_cinder`.
+    """A real Glance and a real Cinder with fake auth, for the whole session (5 s); `upload_cinder`, `place_cinder`.
 
-    Fails a test that left an attachment, a loop device or a clone of basefs behind. Do not stop or pause Cinder: take
-    `own_cinder_rig` for that.
+    With the loop driver's backend, and the stock NFS driver's. Fails a test that left an attachment, a loop device or a
+    clone of basefs behind. Who stops or freezes Cinder brings it back.
     """
     yield _cinder_session
     _assert_no_links(_cinder_session)
@@ -79,16 +79,22 @@ def cinder_rig(_cinder_session: Rig) -> Iterator[Rig]:
 
 @pytest.fixture
 def cinder_keystone_rig(_cinder_keystone_session: Rig) -> Iterator[Rig]:
-    """As `cinder_rig`, behind a real Keystone, and with a backend on the stock NFS driver; 7 s to start."""
+    """As `cinder_rig` without NFS, behind a real Keystone: for what roles may do (7 s)."""
     yield _cinder_keystone_session
     _assert_no_links(_cinder_keystone_session)
 
 
-@pytest.fixture
-def own_cinder_rig(tmp_path: Path) -> Iterator[Rig]:
-    """As `cinder_rig`, for one test that stops or freezes Cinder (5 s). What was left in it is not looked at."""
-    with Rig(tmp_path / "rig", cinder=True) as running:
+@pytest.fixture(scope="session")
+def _ceph_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with Rig(tmp_path_factory.mktemp("ceph-rig"), ceph=True) as running:
         yield running
+
+
+@pytest.fixture
+def ceph_rig(_ceph_session: Rig) -> Iterator[Rig]:
+    """As `cinder_rig`, with a Ceph, Cinder's RBD driver and Glance's rbd store on it; 14 s to start."""
+    yield _ceph_session
+    _assert_no_links(_ceph_session)
 
 
 def _assert_no_links(rig: Rig) -> None:

@@ -1,21 +1,18 @@
 """The rig's Cinder: what the tests believe of it, of Glance's images in it, and of what is left of it, is so."""
 
 import os
-import select
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.mount import ROOT
-from tools.rig import ApiError, Rig
+from tools.rig import ApiError, Rig, leftovers
 from tools.rig.leftovers import loop_devices_below, mounts_below, release
 
 pytestmark = [pytest.mark.glance, pytest.mark.cinder]
+LEFTOVERS = str(leftovers.__file__)
 CONNECTOR = {"host": "node", "ip": "127.0.0.1", "platform": "x86_64", "os_type": "linux", "multipath": False}
 
 
@@ -100,49 +97,33 @@ def test_a_stopped_cinder_refuses_and_comes_back_with_its_volumes(cinder_rig: Ri
     assert cinder_rig.cinder_api().volume(volume_id)["status"] == "available"
 
 
-@pytest.mark.keystone
-def test_the_stock_nfs_driver_gives_a_file_below_a_mount(cinder_keystone_rig: Rig) -> None:
+def test_the_stock_nfs_driver_gives_a_file_below_a_mount(cinder_rig: Rig) -> None:
     data = os.urandom(100_000)
-    image_id = cinder_keystone_rig.upload_cinder(data, "on nfs", multiattach=False, backend="nfs")
-    attachment_id, connection = attach(cinder_keystone_rig, cinder_keystone_rig.volume_of(image_id))
+    image_id = cinder_rig.upload_cinder(data, "on nfs", multiattach=False, backend="nfs")
+    attachment_id, connection = attach(cinder_rig, cinder_rig.volume_of(image_id))
     assert (connection["driver_volume_type"], connection["export"]) == ("nfs", "127.0.0.1:/rig")
-    path = Path(cinder_keystone_rig.cinder.share, connection["name"])
+    path = Path(cinder_rig.cinder.share, connection["name"])
     assert path.read_bytes()[: len(data)] == data
-    cinder_keystone_rig.cinder_api().delete_attachment(attachment_id)
-    assert cinder_keystone_rig.api("u1").list() == [], "a private image of another project"
+    cinder_rig.cinder_api().delete_attachment(attachment_id)
+    assert cinder_rig.api("u1").list() == [], "a private image of another project"
 
 
-@pytest.fixture
-def left_behind(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path
-    release(str(tmp_path))
-
-
-def test_loop_devices_and_mounts_go_when_the_starter_is_killed(left_behind: Path) -> None:
-    directory = left_behind / "rig"
-    program = (
-        "import sys; from tools.rig import Rig; r = Rig(sys.argv[1], nfs=True); r.start(); print(*r.pids.values());"
-        "input()"
-    )
-    starter = subprocess.Popen(
-        [sys.executable, "-c", program, str(directory)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert starter.stdout is not None
-    watched = [os.pidfd_open(int(pid)) for pid in starter.stdout.readline().split()]
-    volume = directory / "cinder" / "volumes" / "volume-1"
-    volume.write_bytes(bytes(4096))
-    subprocess.run(["losetup", "--find", volume], check=True)
-    assert loop_devices_below(str(directory))
-    assert mounts_below(str(directory)), "the NFS share's"
-    starter.send_signal(signal.SIGKILL)
-    starter.communicate()
-    for pidfd in watched:
-        ready = select.select([pidfd], [], [], 30)[0]
-        os.close(pidfd)
-        assert ready, "still running 30 s later"
-    assert not loop_devices_below(str(directory))
-    assert not mounts_below(str(directory))
+def test_loop_devices_and_mounts_go_when_the_starter_is_killed(tmp_path: Path) -> None:
+    lifeline, held = os.pipe()
+    for name in ("file", "mounted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file" / "volume").write_bytes(bytes(4096))
+    watcher = subprocess.Popen([sys.executable, LEFTOVERS, tmp_path, str(lifeline)], pass_fds=[lifeline])
+    os.close(lifeline)
+    try:
+        subprocess.run(["losetup", "--find", tmp_path / "file" / "volume"], check=True)
+        subprocess.run(["mount", "--bind", tmp_path / "file", tmp_path / "mounted"], check=True)
+        assert loop_devices_below(str(tmp_path))
+        assert mounts_below(str(tmp_path))
+        os.close(held)  # as the kernel does for a process that is killed
+        assert watcher.wait(30) == 0
+        assert not loop_devices_below(str(tmp_path))
+        assert not mounts_below(str(tmp_path))
+    finally:
+        watcher.kill()
+        release(str(tmp_path))

@@ -10,26 +10,33 @@ from typing import Any, Literal
 
 from tools.rig import cinder_templates as templates
 from tools.rig.api import GlanceApi
+from tools.rig.ceph import Ceph
 from tools.rig.cinder_api import CinderApi
 from tools.rig.databases import template
 from tools.rig.identity import PASSWORD
 from tools.rig.templates import AUTHTOKEN
 
-Backend = Literal["loop", "nfs"]
+Backend = Literal["loop", "nfs", "rbd"]
 NFS_EXPORT = "127.0.0.1:/rig"
 _GIB = 1 << 30
 _DIRECTORIES = ("volumes", "conversion", "coordination", "mnt", "share", "bin")
 # A volume type, and Glance's store of the same name: the backend, and whether it is multiattach.
-_TYPES: dict[str, tuple[Backend, bool]] = {"multi": ("loop", True), "plain": ("loop", False), "nfs": ("nfs", False)}
+_TYPES: dict[str, tuple[Backend, bool]] = {"multi": ("loop", True), "plain": ("loop", False)}
+_TYPES |= {"nfs": ("nfs", False), "rbd": ("rbd", True)}
 
 
 class Cinder:
-    """Cinder's part of the rig in `directory`: the loop driver's backend, and with `nfs` the stock NFS driver's."""
+    """Cinder's part of the rig in `directory`: the loop driver's backend, with `nfs` and `ceph` the stock drivers'."""
 
-    def __init__(self, directory: str, venv: str, *, nfs: bool) -> None:
+    def __init__(self, directory: str, venv: str, *, nfs: bool, ceph: Ceph | None) -> None:
         self._directory = directory
         self._venv = venv
-        self._backends: list[Backend] = ["loop", "nfs"] if nfs else ["loop"]
+        self._ceph = ceph
+        self._backends: list[Backend] = ["loop"]
+        if nfs:
+            self._backends.append("nfs")
+        if ceph:
+            self._backends.append("rbd")
         self.stores = [name for name, (backend, _) in _TYPES.items() if backend in self._backends]
 
     @property
@@ -64,6 +71,8 @@ class Cinder:
         if "nfs" in self._backends:
             conf += templates.NFS_BACKEND.format(d=d)
             self._stand_in_for_nfs()
+        if self._ceph:
+            conf += templates.RBD_BACKEND.format(cluster=self._ceph.cluster, conf=self._ceph.conf_path)
         _write(d + "/cinder/cinder.conf", conf)
         if not os.path.exists(d + "/cinder/cinder.sqlite"):
             shutil.copyfile(template(self._venv, "cinder") + "/cinder.sqlite", d + "/cinder/cinder.sqlite")
@@ -75,6 +84,8 @@ class Cinder:
             templates.GLANCE_STORE.format(store=store, auth_url=auth_url, password=PASSWORD, d=d)
             for store in self.stores
         )
+        if self._ceph:
+            stores += templates.GLANCE_RBD.format(conf=self._ceph.conf_path)
         return stores + templates.GLANCE_BRICK.format(d=d, venv=self._venv)
 
     def make_types(self, api: CinderApi) -> None:
@@ -84,22 +95,35 @@ class Cinder:
             multiattach = {"multiattach": "<is> True"} if is_multiattach else {}
             api.create_type(store, volume_backend_name=backend, **multiattach)
 
+    @property
+    def glance_backends(self) -> list[str]:
+        """What Glance's `enabled_backends` lists: the stores in Cinder, and on a rig with a Ceph its own, `ceph`."""
+        return [f"{store}:cinder" for store in self.stores] + (["ceph:rbd"] if self._ceph else [])
+
     def store(self, backend: Backend, *, multiattach: bool) -> str:
         """Return the name of Glance's store, and of the volume type, for images of this kind."""
         return next(store for store in self.stores if _TYPES[store] == (backend, multiattach))
 
     def place(
-        self, glance: GlanceApi, api: CinderApi, source: str, store: str, *, name: str, disk_format: str, **props: Any
+        self,
+        glance: GlanceApi,
+        api: CinderApi,
+        source: str,
+        store: str,
+        *,
+        name: str,
+        disk_format: str,
+        size: int | None,
+        **props: Any,
     ) -> str:
-        """Make an active image over a volume that has the file's bytes, holes and all, without sending them."""
-        size, image_id = os.stat(source).st_size, str(uuid.uuid4())
+        """Make an active image of `size` over a volume with the file's bytes, zeros behind them; nothing is sent."""
+        image_id, size = str(uuid.uuid4()), size or os.stat(source).st_size
+        size_gib = max(1, math.ceil(size / _GIB))
         metadata = {"glance_image_id": image_id, "image_size": str(size), "readonly": "True"}
-        volume_id = api.create_volume(
-            max(1, math.ceil(size / _GIB)), store, name=f"image-{image_id}", metadata=metadata
-        )
+        volume_id = api.create_volume(size_gib, store, name=f"image-{image_id}", metadata=metadata)
         path = self.volume_path(volume_id, _TYPES[store][0])
         subprocess.run(["cp", "--sparse=always", source, path], check=True)
-        os.truncate(path, max(1, math.ceil(size / _GIB)) * _GIB)
+        os.truncate(path, size_gib * _GIB)
         glance.create(name, disk_format, id=image_id, **props)
         glance.add_location(image_id, f"cinder://{store}/{volume_id}", store=store)
         return image_id

@@ -53,6 +53,22 @@ nas_secure_file_operations = false
 nas_secure_file_permissions = false
 """
 
+RBD_BACKEND = """[rbd]
+volume_driver = cinder.volume.drivers.rbd.RBDDriver
+volume_backend_name = rbd
+rbd_cluster_name = {cluster}
+rbd_ceph_conf = {conf}
+rbd_user = admin
+rbd_pool = volumes
+rbd_flatten_volume_from_snapshot = false
+"""
+
+GLANCE_RBD = """[ceph]
+rbd_store_ceph_conf = {conf}
+rbd_store_user = admin
+rbd_store_pool = images
+"""
+
 GLANCE_STORE = """[{store}]
 cinder_store_auth_address = {auth_url}
 cinder_store_user_name = glance
@@ -81,6 +97,7 @@ esac
 _FAKEAUTH = """
 [filter:fakeauth]
 paste.filter_factory = tools.rig.rigauth:filter_factory
+anonymous = notused
 """
 
 

@@ -6,19 +6,18 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from tools.rig import templates
-from tools.rig.api import GlanceApi
-from tools.rig.cinder import Backend, Cinder
-from tools.rig.cinder_api import CinderApi
-from tools.rig.databases import copy_image_rows, set_image_size, template
+from tools.rig.ceph import Ceph
+from tools.rig.cinder import Cinder
+from tools.rig.databases import template
 from tools.rig.identity import PASSWORD, USERS, Keystone
+from tools.rig.images import RigImages
 from tools.rig.leftovers import release
 from tools.rig.processes import ROOT, RigError, Service, environment, listening_socket
 
@@ -40,7 +39,7 @@ class ServedRequest:
     length: int
 
 
-class Rig:
+class Rig(RigImages):
     """Real services on `host`, everything they write under `directory`.
 
     With `auth="fake"` no Keystone runs: a token is "user:project:role,role", and a request without one is an admin's.
@@ -48,7 +47,8 @@ class Rig:
     process, however it ends; with `detached=True` only by `stop`.
 
     With `cinder=True` a real Cinder runs too, and Glance has stores in it (`upload_cinder`); with `nfs=True` one of
-    them is on the stock NFS driver. Both want root.
+    them is on the stock NFS driver, with `ceph=True` one on the stock RBD driver, and Glance has its own rbd store,
+    `ceph`, on the same cluster. All want root; Ceph wants `tools/setup ceph`.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Rig:
         http_store: bool = True,
         cinder: bool = False,
         nfs: bool = False,
+        ceph: bool = False,
         token_expiration_s: int = 3600,
         host: str = "127.0.0.1",
         threads: int = 16,
@@ -72,10 +73,13 @@ class Rig:
         self._token_expiration_s = token_expiration_s
         self._threads = threads
         self._venv = os.path.abspath(venv or os.path.join(ROOT, ".venvs", "glance"))
-        self._cinder = Cinder(self.directory, self._venv, nfs=nfs) if cinder or nfs else None
         self._services: dict[str, Service] = {}
         self._ports: dict[str, int] = {}
         self._lifeline: tuple[int, int] | None = None if detached else os.pipe()
+        self._ceph = Ceph(self.directory + "/ceph", self._venv, self._lifeline_fd) if ceph else None
+        self._cinder = (
+            Cinder(self.directory, self._venv, nfs=nfs, ceph=self._ceph) if cinder or nfs or self._ceph else None
+        )
 
     # -- life
 
@@ -104,6 +108,8 @@ class Rig:
         for service in self._services.values():
             service.stop()
         self._services.clear()
+        if self._ceph:
+            self._ceph.stop()
         if self._cinder:
             release(self.directory)
         for fd in self._lifeline or ():
@@ -120,6 +126,8 @@ class Rig:
             sockets = {name: opened.enter_context(listening_socket(self.host)) for name in self._wanted()}
             self._ports = {name: sock.getsockname()[1] for name, sock in sockets.items()}
             self._configure()
+            if self._ceph:
+                self._ceph.start()
             if self._cinder and self._lifeline:
                 self._launch_leftovers(self._lifeline[0])
             # Glance looks for its stores' volume types as it starts, with the password of a user who must be there.
@@ -170,9 +178,15 @@ class Rig:
     @property
     def pids(self) -> dict[str, int]:
         """The leader of each service's process group."""
-        return {name: service.pid for name, service in self._services.items()}
+        own = {name: service.pid for name, service in self._services.items()}
+        return {**own, **(self._ceph.pids if self._ceph else {})}
 
     # -- what users need
+
+    @property
+    def web_url(self) -> str:
+        """The web server's that the http store reads from, with a slash at its end."""
+        return f"http://{self.host}:{self._ports['web']}/"
 
     @property
     def glance_url(self) -> str:
@@ -189,13 +203,6 @@ class Rig:
         """Cinder's endpoint, with /v3."""
         return f"http://{self.host}:{self._ports['cinder']}/v3"
 
-    @property
-    def cinder(self) -> Cinder:
-        """Cinder's part of a rig that has one."""
-        if self._cinder is None:
-            raise RigError("this rig was made without cinder=True")
-        return self._cinder
-
     def token(self, user: str = "admin", project: str | None = None) -> str:
         """Return a token of `admin`, `basefs` (service, admin role), `u1` (demo1) or `u2` (demo2)."""
         if self.auth == "keystone":
@@ -205,99 +212,10 @@ class Rig:
         home, roles = USERS[user]
         return f"{user}:{project or home}:{','.join(roles)}"
 
-    def cinder_api(self, user: str = "admin") -> CinderApi:
-        """Return the Cinder API as `user`."""
-        return CinderApi(self.cinder_url, self.token(user))
-
     def expire(self, token: str) -> None:
         """Make Glance and Cinder answer 401 to this token from now on (fake auth only)."""
         with open(os.path.join(self.directory, "expired-tokens"), "a", encoding="ascii") as expired:
             expired.write(token + "\n")
-
-    def api(self, user: str = "admin") -> GlanceApi:
-        """Return the Glance API as `user`."""
-        return GlanceApi(self.glance_url, self.token(user))
-
-    def upload(self, source: bytes | str | os.PathLike[str], name: str, disk_format: str = "raw", **props: Any) -> str:
-        """Make an active image in the file store (ranges: 206) out of bytes or a file; returns its id."""
-        return self.api().upload(source, name, disk_format, **props)
-
-    def upload_web(
-        self, source: bytes | str | os.PathLike[str], name: str, disk_format: str = "raw", **props: Any
-    ) -> str:
-        """Make an active image in the http store (ranges: 400) out of bytes or a file; returns its id."""
-        api = self.api()
-        image_id = api.create(name, disk_format, **props)
-        target = os.path.join(self.directory, "web", image_id)
-        if isinstance(source, bytes):
-            with open(target, "wb") as copy:
-                copy.write(source)
-        else:
-            shutil.copyfile(source, target)
-        api.add_location(image_id, f"http://{self.host}:{self._ports['web']}/{image_id}")
-        return image_id
-
-    def upload_cinder(
-        self,
-        source: bytes | str | os.PathLike[str],
-        name: str,
-        disk_format: str = "raw",
-        *,
-        multiattach: bool = True,
-        backend: Backend = "loop",
-        **props: Any,
-    ) -> str:
-        """Make an active image in Glance's cinder store; returns its id. 2 s each: `place_cinder` is quicker.
-
-        No volume of the NFS driver is multiattach.
-        """
-        store = self.cinder.store(backend, multiattach=multiattach)
-        return self.api().upload(source, name, disk_format, store=store, **props)
-
-    def place_cinder(
-        self,
-        source: str | os.PathLike[str],
-        name: str,
-        disk_format: str = "raw",
-        *,
-        multiattach: bool = True,
-        backend: Backend = "loop",
-        **props: Any,
-    ) -> str:
-        """As `upload_cinder` of a file, also a large sparse one, in 0.4 s; the image has no hashes."""
-        store = self.cinder.store(backend, multiattach=multiattach)
-        return self.cinder.place(
-            self.api("glance"),
-            self.cinder_api("glance"),
-            os.fspath(source),
-            store,
-            name=name,
-            disk_format=disk_format,
-            **props,
-        )
-
-    def volume_of(self, image_id: str) -> str:
-        """Return the id of the volume that Glance keeps this image in."""
-        return str(self.api().get(image_id)["direct_url"]).rpartition("/")[2]
-
-    def clone(self, image_id: str, count: int) -> list[str]:
-        """Return `count` new images with the bytes of an uploaded one, named `<its name>-<n>`.
-
-        By SQL, because the API takes 0.1 s an image. They share the one file: deleting any of them takes it away.
-        """
-        return copy_image_rows(self.directory + "/glance.sqlite", image_id, count)
-
-    def place(self, source: str | os.PathLike[str], name: str, disk_format: str = "raw", **props: Any) -> str:
-        """As `upload` of a large sparse file, without sending it: seconds instead of a minute; it has no hashes."""
-        with open(source, "rb") as file:  # Glance looks whether it is its disk_format
-            image_id = self.upload(file.read(1 if disk_format == "raw" else 1 << 20), name, disk_format, **props)
-        subprocess.run(["cp", "--sparse=always", str(source), self.data_path(image_id)], check=True)
-        set_image_size(self.directory + "/glance.sqlite", image_id, os.stat(source).st_size)
-        return image_id
-
-    def data_path(self, image_id: str) -> str:
-        """Return the file that holds an uploaded image's bytes, to damage it."""
-        return os.path.join(self.directory, "glance", "images", image_id)
 
     def application_credential(self, user: str = "basefs") -> tuple[str, str]:
         """Return id and secret of a new application credential."""
@@ -330,6 +248,10 @@ class Rig:
     def _request_log(self, name: str) -> str:
         return os.path.join(self.directory, "log", f"{name}-requests.jsonl")
 
+    @property
+    def _lifeline_fd(self) -> int | None:
+        return self._lifeline[0] if self._lifeline else None
+
     def _health_url(self, name: str) -> str:
         url = f"http://{self.host}:{self._ports[name]}/"
         return url + "healthcheck" if name in ("glance", "cinder") else url
@@ -345,7 +267,7 @@ class Rig:
         )
 
     def _launch(self, name: str, sock: socket.socket) -> None:
-        lifeline = self._lifeline[0] if self._lifeline else -1
+        lifeline = -1 if self._lifeline_fd is None else self._lifeline_fd
         fds = (sock.fileno(), *([lifeline] if self._lifeline else []))
         python = [self._venv + "/bin/python", "-P"]  # -P: the services are imported from the venv, not from here
         if name == "web":
@@ -373,7 +295,7 @@ class Rig:
         with open(self._venv + "/etc/glance/glance-api-paste.ini", encoding="utf-8") as stock:
             _write(d + "/glance/glance-api-paste.ini", templates.paste_ini(stock.read()))
         backends = ["fs:file", *(["web:http"] if self._http_store else [])]
-        backends += [f"{store}:cinder" for store in self._cinder.stores] if self._cinder else []
+        backends += self._cinder.glance_backends if self._cinder else []
         conf = templates.GLANCE.format(
             d=d,
             host=self.host,

@@ -1,7 +1,8 @@
 """Paste filter: X-Auth-Token "user:project:role,role" becomes the headers that Keystone's middleware would set.
 
 Stands in for keystonemiddleware.auth_token in a rig without Keystone; the stock `context` filter follows it. Without a
-token the request is $RIG_ANON's (same form). A token listed in the file $RIG_EXPIRED (one a line) has expired: 401.
+token the request is $RIG_ANON's (same form); so it is with keystoneauth's for `auth_type = none`, where the paste file
+says `anonymous`. A token listed in the file $RIG_EXPIRED (one a line) has expired: 401.
 Glance's cinder store knows no other way than passwords: POST /auth/tokens answers as Keystone would, with such a token.
 """
 
@@ -25,8 +26,9 @@ _STRIP = (
 class FakeAuth:
     """The filter; `environ` is changed in place, as auth_token does it."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, anonymous: str | None) -> None:
         self.app = app
+        self.anonymous = anonymous
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         if environ["REQUEST_METHOD"] == "POST" and environ["PATH_INFO"] == "/auth/tokens":
@@ -34,7 +36,7 @@ class FakeAuth:
         for key in _STRIP:
             environ.pop(key, None)
         token = environ.get("HTTP_X_AUTH_TOKEN")
-        if token is None and os.environ.get("RIG_ANON"):
+        if token in (None, self.anonymous) and os.environ.get("RIG_ANON"):
             token = environ["HTTP_X_AUTH_TOKEN"] = os.environ["RIG_ANON"]
         expired = os.environ.get("RIG_EXPIRED")
         if token and expired and os.path.exists(expired):
@@ -74,6 +76,6 @@ def issue_token(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     return [body]
 
 
-def filter_factory(_global_conf: Any, **_local: Any) -> type[FakeAuth]:
+def filter_factory(_global_conf: Any, anonymous: str | None = None, **_local: Any) -> Any:
     """Paste's entry point."""
-    return FakeAuth
+    return lambda app: FakeAuth(app, anonymous)
