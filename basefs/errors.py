@@ -111,11 +111,15 @@ class NoVolumeError(VolumeError):
     """There is no volume that may be linked for the image; the message is the reason."""
 
 
-class VolumeGoneError(VolumeError):
+class VolumeRefusedError(VolumeError):
+    """Cinder answered (4xx), and did not do what was asked for; after any other error it may have been done."""
+
+
+class VolumeGoneError(VolumeRefusedError):
     """Cinder itself said that there is no such volume or attachment (404), or does not show it to us."""
 
 
-class VolumeBusyError(VolumeError):
+class VolumeBusyError(VolumeRefusedError):
     """The volume's or attachment's state does not allow it now (400, 409): somebody else attaches it, say."""
 
 

@@ -54,6 +54,7 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
     errors.RangeNotHonouredError: errno.EIO,
     errors.VolumeError: errno.EIO,
     errors.NoVolumeError: errno.EIO,
+    errors.VolumeRefusedError: errno.EIO,
     errors.VolumeGoneError: errno.EIO,
     errors.VolumeBusyError: errno.EIO,
     errors.CacheError: errno.EIO,

@@ -143,7 +143,6 @@ class LinkTasks:
         """Have again what an earlier server attached, or undo what is noted. False: that is left to the next server."""
         if link.is_inherited:
             link.is_inherited = False
-            link.set("reopening")
             if not self._is_ending and await self._is_needed(link):
                 await self._steps.reopen(link)
             else:

@@ -106,6 +106,7 @@ class Links:
         link.keep_until = trio.current_time() + self._settings.detach_idle_s
         if link.is_ordered_off:
             link.is_ordered_off, link.retry_at = False, 0.0
+            link.set("none")
         self.tasks.wake(link)
 
     def released(self, entry: ImageEntry) -> None:
@@ -177,11 +178,16 @@ class Links:
     # --- begin and end ----------------------------------------------------------------------------------
 
     async def restore(self, held: Sequence[HeldFd]) -> None:
-        """Go on with what the servers before attached and had held; the fds of `held` are ours from here."""
+        """Go on with what the servers before attached and had held; the fds of `held` are ours from here.
+
+        Images that are open and were not linked yet begin to be.
+        """
         fds = {one.key: one.fd for one in held}
         self._reopen_until = trio.current_time() + REOPEN_WAIT_S
         for entry in list(self._entries()):
             if entry.local.link is None:
+                if self._uses.has_open(entry):
+                    self.want(entry)
                 continue
             link = self._link_of(entry)
             fd = fds.pop(f"{FD_PREFIX}{entry.number}", None)
@@ -191,6 +197,7 @@ class Links:
                 await self.steps.adopt(link, fd, link.connection_fd)
             else:
                 link.is_inherited = may_go_on
+                link.set("reopening" if may_go_on else "none")
                 if fd is not None:
                     os.close(fd)
             self.tasks.wake(link)

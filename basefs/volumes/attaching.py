@@ -69,10 +69,11 @@ class Attacher:
             source = await self._cinder.volume(way.record.volume_id)
             metadata = {HOST_KEY: self._host, IMAGE_KEY: image.image_id, TAG_KEY: tag}
             name = f"basefs-{self._host}-{image.image_id}"
-            await way.goes_to(clone_id=await self._cinder.clone(source, name=name, metadata=metadata))
-            assert way.record.clone_id is not None
-            await wait_for_status(self._cinder, way.record.clone_id, ("available",))
-            await self._cinder.make_readonly(way.record.clone_id)
+            with way.doubt():
+                clone_id = await self._cinder.clone(source, name=name, metadata=metadata)
+            await way.goes_to(clone_id=clone_id)
+            await wait_for_status(self._cinder, clone_id, ("available",))
+            await self._cinder.make_readonly(clone_id)
 
     async def _attach(self, image: ImageFacts, way: "_Way") -> AttachedVolume:
         volume_id = way.record.attached_volume_id
@@ -102,10 +103,9 @@ class Attacher:
             before = await self._cinder.attachments_of(volume_id)
             await way.goes_to(stage="reserving", attachments_before=tuple(one.attachment_id for one in before))
             try:
-                way.may_be_reserved = True
-                attachment_id = await self._cinder.reserve(volume_id)
+                with way.doubt():
+                    attachment_id = await self._cinder.reserve(volume_id)
             except errors.VolumeBusyError as exc:
-                way.may_be_reserved = False
                 log.debug("%s", exc)
                 await pauses.pause()
                 continue
@@ -170,7 +170,7 @@ class _Way:
         self.note = note
         self.is_noted = False
         """Whether something may have to be undone."""
-        self.may_be_reserved = False
+        self._is_in_doubt = False
         self.connection_fd: int | None = None
 
     async def goes_to(self, **changes: Any) -> None:  # noqa: ANN401  fields of LinkRecord
@@ -179,11 +179,22 @@ class _Way:
         self.is_noted = True
         await self.note(self.record)
 
+    @contextmanager
+    def doubt(self) -> Iterator[None]:
+        """The block asks for a clone or an attachment, and has its id at the end or knows that there is none."""
+        self._is_in_doubt = True
+        try:
+            yield
+        except errors.VolumeRefusedError:
+            self._is_in_doubt = False
+            raise
+
     @property
     def has_nothing_to_undo(self) -> bool:
-        """All that was noted was refused: without this, others' attachments would be suspected to be ours."""
-        is_refused = self.record.stage == "reserving" and not self.may_be_reserved
-        return self.is_noted and is_refused and not self.record.is_cloned
+        """All that was noted was refused. Else others' attachments would be suspected to be ours, for a while."""
+        record = self.record
+        made = record.clone_id if record.is_cloned else record.attachment_id
+        return self.is_noted and record.stage in ("cloning", "reserving") and made is None and not self._is_in_doubt
 
     def knows_connection(self, fd: int) -> None:
         """`fd` of `sealed_connection`, ours from here."""

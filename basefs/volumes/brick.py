@@ -118,17 +118,12 @@ class Helper:
             raise errors.VolumeError(f"{what}: no answer within {limit_s:g} s") from None
         except OSError as exc:
             raise errors.VolumeError(f"{what}: the helper process ended ({exc.strerror})") from exc
-        if not reply:
-            raise errors.VolumeError(f"{what}: the helper process ended")
         try:
-            answer: dict[str, Any] = json.loads(reply)
-        except ValueError:
-            raise errors.VolumeError(f"{what}: the helper's answer cannot be understood") from None
-        if "refused" in answer:
-            raise errors.NoVolumeError(f"{answer['refused']}")
-        if "error" in answer:
-            raise errors.VolumeError(f"{what}: {answer['error']}")
-        return answer, fds[0] if fds else None
+            return _understood(reply, what), fds[0] if fds else None
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
 
     async def end(self) -> None:
         """Kill it, with the commands that it started. Cancellation: never; bounded."""
@@ -138,6 +133,20 @@ class Helper:
                 with suppress(ProcessLookupError):  # it does so itself when the socket ends
                     os.killpg(self.process.pid, signal.SIGKILL)
             await self.process.wait()
+
+
+def _understood(reply: bytes, what: str) -> dict[str, Any]:
+    if not reply:
+        raise errors.VolumeError(f"{what}: the helper process ended")
+    try:
+        answer: dict[str, Any] = json.loads(reply)
+    except ValueError:
+        raise errors.VolumeError(f"{what}: the helper's answer cannot be understood") from None
+    if "refused" in answer:
+        raise errors.NoVolumeError(f"{answer['refused']}")
+    if "error" in answer:
+        raise errors.VolumeError(f"{what}: {answer['error']}")
+    return answer
 
 
 class Brick:

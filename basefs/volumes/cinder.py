@@ -1,5 +1,6 @@
 """What basefs asks of Cinder, in its words. Every error names the volume or attachment, none holds a secret."""
 
+import http
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from keystoneauth1 import session
 
 from basefs import errors
 from basefs.concurrency.exchange import run_interruptibly
+from basefs.concurrency.grace import with_grace
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.safe_text import safe_text
 
@@ -24,6 +26,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 GIB = 1 << 30
+GRACE_S = 10.0
+"""Cinder answers within a second, but waits for its storage."""
 BUSY_STATUSES = (400, 409)
 _NOT_CINDER = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 """What python-cinderclient raises over an answer that is no answer of Cinder."""
@@ -55,8 +59,9 @@ class Volume:
 class Cinder:
     """Calls of python-cinderclient in threads of their own.
 
-    Every method raises VolumeGoneError (404 in Cinder's own words), VolumeBusyError (400, 409) or VolumeError.
-    Cancellation: shuts down the connection that the thread waits for; what was asked for may have been done.
+    Every method raises VolumeGoneError (404 in Cinder's own words), VolumeBusyError (400, 409), VolumeRefusedError or
+    VolumeError. Cancellation: shuts down the connection that the thread waits for; where something is to be changed
+    GRACE_S later, for who changed it must know the answer.
     """
 
     def __init__(
@@ -86,15 +91,15 @@ class Cinder:
 
     async def clone(self, source: Volume, *, name: str, metadata: Mapping[str, str]) -> str:
         """Have a clone made; its id. It is there when its status is available."""
-        return await self._call(f"clone of volume {source.volume_id}", self._clone, source, name, metadata)
+        return await self._change(f"clone of volume {source.volume_id}", self._clone, source, name, metadata)
 
     async def make_readonly(self, volume_id: str) -> None:
         """Mark the volume: attachments of it are read-only from here."""
-        await self._call(f"volume {volume_id}, readonly", self._make_readonly, volume_id)
+        await self._change(f"volume {volume_id}, readonly", self._make_readonly, volume_id)
 
     async def delete_volume(self, volume_id: str) -> None:
         """Have the volume deleted; it is gone when Cinder does not know it any more."""
-        await self._call(f"deletion of volume {volume_id}", self._delete_volume, volume_id)
+        await self._change(f"deletion of volume {volume_id}", self._delete_volume, volume_id)
 
     # --- attachments ----------------------------------------------------------------------------------
 
@@ -107,15 +112,15 @@ class Cinder:
 
         In two steps, for `attachments.create` with a connector forgets the mode (api/v3/attachments.py: create).
         """
-        return await self._call(f"attachment of volume {volume_id}", self._reserve, volume_id)
+        return await self._change(f"attachment of volume {volume_id}", self._reserve, volume_id)
 
     async def connect(self, attachment_id: str, connector: Mapping[str, Any]) -> dict[str, Any]:
         """Have the storage give the volume to the host of the connector; the connection_info, a secret."""
-        return await self._call(f"attachment {attachment_id}, connector", self._connect, attachment_id, connector)
+        return await self._change(f"attachment {attachment_id}, connector", self._connect, attachment_id, connector)
 
     async def complete(self, attachment_id: str) -> None:
         """Tell that the volume is attached."""
-        await self._call(f"attachment {attachment_id}, complete", self._complete, attachment_id)
+        await self._change(f"attachment {attachment_id}, complete", self._complete, attachment_id)
 
     async def connection_info(self, attachment_id: str) -> dict[str, Any]:
         """The connection_info of an attachment, a secret; empty if it has no connector."""
@@ -123,7 +128,7 @@ class Cinder:
 
     async def delete_attachment(self, attachment_id: str) -> None:
         """Have the storage take the volume away from its host, and forget the attachment."""
-        await self._call(f"deletion of attachment {attachment_id}", self._delete_attachment, attachment_id)
+        await self._change(f"deletion of attachment {attachment_id}", self._delete_attachment, attachment_id)
 
     # --- who and where --------------------------------------------------------------------------------
 
@@ -139,6 +144,9 @@ class Cinder:
                 return fn(*args)
 
         return await run_interruptibly(self._threads, call)
+
+    async def _change(self, what: str, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await with_grace(lambda: self._call(what, fn, *args), GRACE_S)
 
     def _client(self) -> "client.Client":
         with self._making:
@@ -215,6 +223,14 @@ def _volume_of(found: Any) -> Volume:  # noqa: ANN401  cinderclient has no types
     )
 
 
+def _kind_of(status: int) -> type[errors.VolumeError]:
+    if status in BUSY_STATUSES:
+        return errors.VolumeBusyError
+    is_refusal = http.HTTPStatus.BAD_REQUEST <= status < http.HTTPStatus.INTERNAL_SERVER_ERROR
+    # 408: something before Cinder waited for it in vain.
+    return errors.VolumeRefusedError if is_refusal and status != http.HTTPStatus.REQUEST_TIMEOUT else errors.VolumeError
+
+
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
     """Raise nothing of cinderclient, keystoneauth and HTTP out of the block: only our errors."""
@@ -227,10 +243,9 @@ def _translated(what: str) -> Iterator[None]:
     except cinder.NotFound as exc:
         raise errors.VolumeGoneError(f"{what}: Cinder does not know it, or does not show it to us") from exc
     except cinder.ClientException as exc:
-        kind = errors.VolumeBusyError if exc.code in BUSY_STATUSES else errors.VolumeError
-        raise kind(f"{what}: Cinder answered {exc.code} ({safe_text(str(exc.message or ''))})") from exc
+        raise _kind_of(exc.code)(f"{what}: Cinder answered {exc.code} ({safe_text(str(exc.message or ''))})") from exc
     except (ksa.Unauthorized, ksa.Forbidden, ksa.AuthorizationFailure, ksa.AuthPluginException) as exc:
-        raise errors.VolumeError(f"{what}: authentication failed: {safe_text(str(exc))}") from exc
+        raise errors.VolumeRefusedError(f"{what}: authentication failed: {safe_text(str(exc))}") from exc
     except ksa.CatalogException as exc:
         text = "the service catalog has no fitting block-storage endpoint (region_name, valid_interfaces)"
         raise errors.VolumeError(f"{what}: {text}: {safe_text(str(exc))}") from exc

@@ -25,10 +25,12 @@ from basefs.volumes.statuses import GrowingPauses, wait_until_gone
 log = logging.getLogger(__name__)
 
 LOST_AFTER_S = 30.0
-"""An attachment that may be ours, because its id was lost, is ours or dead when it is reserved for so long.
+"""What was asked for without an answer is there after so long, or never will be.
 
-Nova, Glance and other basefs' give theirs a connector within a second; and no other is made until it is gone.
+And an attachment that is reserved for so long is ours or dead: nova, Glance and other basefs' give theirs a connector
+within a second, and no other is made until it is gone.
 """
+_NOTHING = ""
 CLONE_GONE_LIMIT_S = 60.0
 HOST_KEY, IMAGE_KEY, TAG_KEY = "basefs_host", "basefs_image_id", "basefs_link"
 """Metadata of clones."""
@@ -46,8 +48,8 @@ class Remover:
         self._cinder = cinder
         self._brick = brick
         self._host = host
-        self._seen_reserved: dict[str, dict[str, float]] = {}
-        """Volume id -> attachment id -> when it was first seen to be one that may be ours; monotonic."""
+        self._seen: dict[str, dict[str, float]] = {}
+        """What was looked for -> what was found, or nothing -> when it first was, monotonic."""
 
     async def remove(self, record: LinkRecord, connection_fd: int | None, note: Note) -> None:
         """See `VolumeLinks.detach`; for a record of any stage."""
@@ -67,8 +69,11 @@ class Remover:
     async def _lost_clone(self, record: LinkRecord) -> Volume | None:
         if record.clone_tag is None:
             return None
-        found = await self._cinder.volumes_by(metadata={TAG_KEY: record.clone_tag})
-        return next((one for one in found if one.metadata.get(TAG_KEY) == record.clone_tag), None)
+        for one in await self._cinder.volumes_by(metadata={TAG_KEY: record.clone_tag}):
+            if one.metadata.get(TAG_KEY) == record.clone_tag:
+                return one
+        self._certain(f"clone of volume {record.volume_id}", ())
+        return None
 
     # --- attachments ----------------------------------------------------------------------------------
 
@@ -97,23 +102,27 @@ class Remover:
         """Those that can only be ours.
 
         Raises:
-            VolumeError: there are some of which that cannot be told yet.
+            VolumeError: that cannot be told yet: one that is there may be another's, one may come yet.
         """
-        maybe = {
+        maybe = [
             one.attachment_id
             for one in attachments
             if one.status == "reserved" and one.server_id is None and one.attachment_id not in record.attachments_before
-        }
-        volume_id = record.attached_volume_id or ""
-        now, before = time.monotonic(), self._seen_reserved.pop(volume_id, {})
-        seen = {one: before.get(one, now) for one in maybe}
+        ]
+        self._certain(f"attachment of volume {record.attached_volume_id}", maybe)
+        return maybe
+
+    def _certain(self, what: str, found: Sequence[str]) -> None:
+        """Return when the same was found for LOST_AFTER_S.
+
+        Raises:
+            VolumeError: it was not.
+        """
+        now, before = time.monotonic(), self._seen.pop(what, {})
+        seen = {one: before.get(one, now) for one in (_NOTHING, *found)}
         if any(now - since < LOST_AFTER_S for since in seen.values()):
-            self._seen_reserved[volume_id] = seen
-            raise errors.VolumeError(
-                f"volume {volume_id}: a reserved attachment may be ours or somebody else's; it is deleted if it stays "
-                f"so for {LOST_AFTER_S:g} s"
-            )
-        return list(seen)
+            self._seen[what] = seen
+            raise errors.VolumeError(f"{what}: whether one is ours can be told in {LOST_AFTER_S:g} s")
 
     async def _disconnect(
         self, attachment_id: str, record: LinkRecord, connection_fd: int | None, *, may_be_shared: bool

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -87,6 +88,8 @@ class MemoryVolume:
     """Whose clone it is."""
     tag: str | None = None
     failure: OSError | None = None
+    hang: threading.Event | None = None
+    """While there is one, threads that read its devices wait for it."""
     reads: int = 0
     """Reads of its devices that were begun."""
 
@@ -94,8 +97,15 @@ class MemoryVolume:
         """Reads of its devices, opened ones too, fail until `heals()`."""
         self.failure = OSError(code, os.strerror(code))
 
+    def hangs(self) -> None:
+        """Reads of its devices wait, in their threads, until `heals()`."""
+        self.hang = threading.Event()
+
     def heals(self) -> None:
         self.failure = None
+        if self.hang is not None:
+            self.hang.set()
+            self.hang = None
 
 
 @dataclass(slots=True)
@@ -157,7 +167,9 @@ class MemoryCinder:
 
     def fault_at(self, step: Step) -> StepFault | None:
         for fault in self._faults.get(step, []):
-            if (fault.error or fault.gate) and (fault.times is None or fault.hits < fault.times):
+            if (fault.error is not None or fault.gate is not None) and (
+                fault.times is None or fault.hits < fault.times
+            ):
                 return fault
         return None
 
@@ -196,12 +208,14 @@ class MemoryVolumeBytes:
 
     def read_now(self, target: list[memoryview], offset: int) -> bool:
         self._volume.reads += 1
-        if self._volume.failure is not None or self._fd < 0:
+        if self._volume.failure is not None or self._volume.hang is not None or self._fd < 0:
             return False
         return os.preadv(self._fd, target, offset) == sum(len(one) for one in target)
 
     def read(self, offset: int, length: int) -> bytes:
         self._volume.reads += 1
+        if self._volume.hang is not None:
+            self._volume.hang.wait()
         if self._volume.failure is not None:
             raise OSError(self._volume.failure.errno, self._volume.failure.strerror)
         data = os.pread(self._fd, length, offset)
@@ -224,6 +238,14 @@ class MemoryVolumeLinks:
 
     def __init__(self, cinder: MemoryCinder, *, host: str = "host") -> None:
         self.cinder, self.host = cinder, host
+        self.is_killed = False
+        self._opened: list[MemoryVolumeBytes] = []
+
+    def kill(self) -> None:
+        """The server that uses this is dead: it notes, undoes and holds nothing more. What runs is to be cancelled."""
+        self.is_killed = True
+        for one in self._opened:
+            one.close()
 
     async def find(self, image: ImageFacts) -> FoundVolume:
         async with _At(self.cinder, "find"):
@@ -274,6 +296,7 @@ class MemoryVolumeLinks:
 
     async def adopt(self, record: LinkRecord, fd: int, connection_fd: int) -> AttachedVolume:
         opened = MemoryVolumeBytes(self.cinder, self._volume(record), fd)
+        self._opened.append(opened)
         return AttachedVolume(record=record, bytes=opened, connection_fd=connection_fd)
 
     async def detach(self, record: LinkRecord, connection_fd: int | None, note: Note) -> None:
@@ -302,6 +325,7 @@ class MemoryVolumeLinks:
             self.cinder.devices[attachment_id] = self.cinder.devices.get(attachment_id, 0) + 1
         async with _At(self.cinder, "open"):
             opened = noted.opened = MemoryVolumeBytes(self.cinder, volume)
+            self._opened.append(opened)
         async with _At(self.cinder, "complete"):
             attachment.is_complete = True
         device = f"/dev/memory/{attachment_id}"
@@ -309,6 +333,8 @@ class MemoryVolumeLinks:
         return AttachedVolume(record=record, bytes=opened, connection_fd=_sealed({"secret": "open sesame"}))
 
     async def _undo(self, noted: "_Noted") -> None:
+        if self.is_killed:
+            return
         if noted.opened is not None:
             noted.opened.close()
         with trio.move_on_after(UNDO_LIMIT_S, shield=True):
