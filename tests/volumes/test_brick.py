@@ -54,11 +54,11 @@ async def test_a_helper_answers_one_request_after_the_other_and_is_used_again(br
             pids.add(helper.process.pid)
             assert (await helper.properties(host="node", towards="localhost"))["host"] == "node"
             found = await helper.connect(connection_fd, 10)
-            assert os.pread(found.fd, 4096, 0) == device.read_bytes()
-            assert not os.get_inheritable(found.fd)
+            assert found.bytes.read(0, 4096) == device.read_bytes()
+            assert not os.get_inheritable(found.bytes.fd_to_hold())
             assert read_connection(found.connection_fd)[1] == {"type": "local", "path": str(device)}
             assert await helper.disconnect(found.connection_fd, may_be_shared=False) == []
-            os.close(found.fd)
+            found.bytes.close()
             os.close(found.connection_fd)
     assert len(pids) == 1
 
@@ -100,7 +100,7 @@ async def test_whatever_a_helper_does_it_is_an_error_and_it_ends(brick, behaviou
     assert helpers() == []
     async with brick.helper() as helper:
         found = await helper.connect(connection_fd, 10)
-    os.close(found.fd)
+    found.bytes.close()
     os.close(found.connection_fd)
 
 
@@ -164,7 +164,7 @@ async def test_os_brick_connects_and_what_it_says_is_no_secret(real_brick, conne
         assert (await helper.properties(host="node-a", towards="localhost"))["host"] == "node-a"
         about = [text_of(Path(f"/proc/{helper.process.pid}") / name) for name in ("cmdline", "environ")]
         found = await helper.connect(connection_fd, 20)
-        assert os.pread(found.fd, 16, 0) == device.read_bytes()[:16]
+        assert found.bytes.read(0, 16) == device.read_bytes()[:16]
         with pytest.raises(errors.NoVolumeError, match="format qcow2, not raw"):
             await helper.connect(formats, 20)
         with pytest.raises(errors.VolumeError) as failed:
@@ -172,7 +172,7 @@ async def test_os_brick_connects_and_what_it_says_is_no_secret(real_brick, conne
         assert await helper.disconnect(found.connection_fd, may_be_shared=False) == []
     os.close(iscsi)
     os.close(formats)
-    os.close(found.fd)
+    found.bytes.close()
     os.close(found.connection_fd)
     assert SECRET not in str(failed.value) + caplog.text
     assert SECRET not in "".join(about)

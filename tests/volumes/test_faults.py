@@ -228,7 +228,7 @@ async def test_a_device_that_is_smaller_than_the_image_is_refused(world, links, 
     found = await links.find(image)
     too_big = type(image)(image_id=image.image_id, size=(1 << 30) + 1)
     note = Notes()
-    with pytest.raises(errors.NoVolumeError, match="1073741824 bytes, less than the image's 1073741825"):
+    with pytest.raises(errors.NoVolumeError, match="has 1073741824 bytes, less than the image's 1073741825"):
         await links.attach(too_big, found, note)
     assert_clean(world, note, "small")
 
