@@ -361,6 +361,25 @@ async def test_a_cache_that_has_no_room_is_not_filled_by_a_replay(tmp_path: Path
         assert node.source.calls == []
 
 
+def put_in_the_way_of_maps(directory: Path) -> None:
+    for path in directory.glob("*.map"):
+        path.unlink()
+        path.mkdir()
+
+
+async def test_an_image_without_a_chunk_file_is_not_replayed(
+    tmp_path: Path, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("serving it round the cache")
+    async with a_node(tmp_path) as node:
+        await node.boot()
+    put_in_the_way_of_maps(tmp_path)
+    async with a_node(tmp_path) as node:
+        await node.replayed()
+        assert node.source.calls == []
+        await node.boot(BOOT[:1])
+
+
 async def test_a_streamed_image_is_not_replayed(tmp_path: Path) -> None:
     async with a_node(tmp_path) as node:
         await node.boot()
