@@ -260,6 +260,27 @@ async def test_a_reader_who_is_ahead_of_the_replay_has_the_planned_request_made_
         assert len(offsets) == len(set(offsets)), "nothing is asked for twice"
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_is_read_during_a_replay_every_byte_is_right_and_comes_once(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    async with a_node(tmp_path, chunk_bytes=16 * 1024) as node:
+        await node.boot()
+        await node.evict()
+
+        async def guest() -> None:
+            for _ in range(30):
+                place = (
+                    rng.choice(PLACES[:-1]) + rng.randrange(256 * 1024) if rng.random() < 0.7 else rng.randrange(SIZE)
+                )
+                await node.read(fetcher, place, min(rng.choice([512, 4096, 200_000]), SIZE - place))
+
+        async with node.opened() as fetcher, trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(guest)
+        await fetcher._flights.wait_idle()
+        assert node.source.received_bytes == fetcher.cached_bytes
+
+
 async def test_readers_who_leave_the_trace_end_the_replay(tmp_path: Path) -> None:
     async with a_node(tmp_path, chunk_bytes=16 * 1024) as node:
         await node.boot()
