@@ -35,6 +35,9 @@ COLD_BYTES_MAX = 4 << 20
 """At most so much of a cold image is here: what the checks have read."""
 HEADER_UNITS = (1 << 20) // UNIT_BYTES
 """What the checks of an image bring anyway."""
+HEAD_UNITS = (256 << 10) // UNIT_BYTES
+"""Fetched first whatever the trace has: nova's format inspector, which is no guest, reads so much before each boot, and
+the raw view of a qcow2 image begins there."""
 UNITS_MIN = (1 << 20) // UNIT_BYTES
 """A trace with fewer units beyond the header is not kept: it saves a few requests, and a tool has read so much."""
 
@@ -202,7 +205,8 @@ class ImageTrace:
         trace = await self._services.traces.read(self._entry)
         if trace is None:
             return []
-        units, size, chunk_bytes = list(trace.units()), self._ledger.size, self._ledger.chunk_bytes
+        size, chunk_bytes = self._ledger.size, self._ledger.chunk_bytes
+        units = [*range(min(HEAD_UNITS, trace.image.units)), *trace.units()]
         return await self._services.disk.run(lambda: requests_for(units, size=size, chunk_bytes=chunk_bytes))
 
     async def _fetch(self, plan: TracePlan) -> None:

@@ -54,6 +54,11 @@ class ImageTransfers:
         self.plan = TracePlan()
         """What is to be fetched ahead of readers; demand for a part of it brings that request as it is planned."""
 
+    @property
+    def _has_place(self) -> bool:
+        """Whether what is fetched before it is wanted can be kept."""
+        return self._ledger.file is not None and self._services.health.is_usable
+
     async def wait_for(self, absent: list[int], *, keeps: bool = True) -> dict[int, bytes]:
         """Have `absent` chunks fetched and wait; those that are not in the cache are returned (see `Waiter`).
 
@@ -123,7 +128,7 @@ class ImageTransfers:
     async def _fetch_run_ahead(self, chunks: range) -> bool:
         """False where no more of the image may be fetched ahead: it cannot be kept, or Glance does not give it."""
         async with self._services.evictor.room(self._length(chunks), background_for=self._entry.number) as room:
-            if not self._services.health.is_usable or not room.left_bytes:
+            if not (self._has_place and room.left_bytes):
                 return False
             # Making room takes time, and others may have claimed some of it meanwhile.
             for run in missing_runs(self._ledger.states, chunks):

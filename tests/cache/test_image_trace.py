@@ -99,18 +99,24 @@ async def a_node(
         nursery.cancel_scope.cancel()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Return when it holds: a thread brings it about, which `wait_all_tasks_blocked` does not wait for."""
-    with trio.fail_after(30):
-        while not condition():
-            await trio.lowlevel.checkpoint()
-
-
 def units_of(reads: list[tuple[int, int]]) -> list[int]:
     found: dict[int, None] = {}
     for offset, length in reads:
         found |= dict.fromkeys(range(offset // UNIT_BYTES, (offset + length - 1) // UNIT_BYTES + 1))
     return list(found)
+
+
+HEAD = range(4)
+REPLAYED = {0, *(place // UNIT_BYTES for place in PLACES)}
+"""The unit at which each request of a replay begins."""
+REPLAYED_BYTES = len(HEAD) * UNIT_BYTES + sum(min(UNIT_BYTES, SIZE - unit * UNIT_BYTES) for unit in units_of(BOOT))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when it holds: a thread brings it about, which `wait_all_tasks_blocked` does not wait for."""
+    with trio.fail_after(30):
+        while not condition():
+            await trio.lowlevel.checkpoint()
 
 
 # --- recording
@@ -212,9 +218,9 @@ async def test_a_replay_brings_what_was_read_in_order_and_little_else(tmp_path: 
         await node.evict()
         fetcher = await node.replayed()
         states = fetcher._ledger.states
-        assert {index for index, state in enumerate(states) if state} == set(units_of(BOOT))
-        assert node.source.received_bytes == sum(min(UNIT_BYTES, SIZE - unit * UNIT_BYTES) for unit in units_of(BOOT))
-        assert {offset // UNIT_BYTES for _, offset, _ in node.source.calls} == {place // UNIT_BYTES for place in PLACES}
+        assert {index for index, state in enumerate(states) if state} == {*HEAD, *units_of(BOOT)}
+        assert node.source.received_bytes == REPLAYED_BYTES
+        assert {offset // UNIT_BYTES for _, offset, _ in node.source.calls} == REPLAYED
         assert node.services.counters.replayed_bytes == node.source.received_bytes
         before = len(node.source.calls)
         await node.boot()
@@ -230,8 +236,9 @@ async def test_requests_are_made_in_the_order_of_the_trace(tmp_path: Path) -> No
             await until(lambda: len(node.source.calls) >= 3)
             await trio.testing.wait_all_tasks_blocked()
             # Of the four slots one is left for demand.
-            assert [offset for _, offset, _ in node.source.calls] == [
-                place // UNIT_BYTES * UNIT_BYTES for place in PLACES[:3]
+            assert [offset // UNIT_BYTES for _, offset, _ in node.source.calls] == [
+                0,
+                *(place // UNIT_BYTES for place in PLACES[:2]),
             ]
             node.source.hold.set()
 
@@ -251,6 +258,27 @@ async def test_a_reader_who_is_ahead_of_the_replay_has_the_planned_request_made_
         await fetcher._flights.wait_idle()
         offsets = [offset for _, offset, _ in node.source.calls]
         assert len(offsets) == len(set(offsets)), "nothing is asked for twice"
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_is_read_during_a_replay_every_byte_is_right_and_comes_once(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    async with a_node(tmp_path, chunk_bytes=16 * 1024) as node:
+        await node.boot()
+        await node.evict()
+
+        async def guest() -> None:
+            for _ in range(30):
+                place = (
+                    rng.choice(PLACES[:-1]) + rng.randrange(256 * 1024) if rng.random() < 0.7 else rng.randrange(SIZE)
+                )
+                await node.read(fetcher, place, min(rng.choice([512, 4096, 200_000]), SIZE - place))
+
+        async with node.opened() as fetcher, trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(guest)
+        await fetcher._flights.wait_idle()
+        assert node.source.received_bytes == fetcher.cached_bytes
 
 
 async def test_readers_who_leave_the_trace_end_the_replay(tmp_path: Path) -> None:
@@ -302,8 +330,8 @@ async def test_a_close_ends_the_replay_and_the_next_open_goes_on(tmp_path: Path)
             node.source.hold.set()
             await fetcher.trace.wait_replayed()
         await fetcher._flights.wait_idle()
-        assert len(node.source.calls) == len(PLACES)
-        assert node.source.received_bytes == sum(min(UNIT_BYTES, SIZE - unit * UNIT_BYTES) for unit in units_of(BOOT))
+        assert len(node.source.calls) == len(REPLAYED)
+        assert node.source.received_bytes == REPLAYED_BYTES
 
 
 async def test_a_warming_replays_the_trace_before_all_else(tmp_path: Path) -> None:
@@ -313,8 +341,8 @@ async def test_a_warming_replays_the_trace_before_all_else(tmp_path: Path) -> No
         warming = node.handler.warmer.keep(node.entry)
         await warming.done.wait()
         assert warming.error is None
-        first = {offset // UNIT_BYTES for _, offset, _ in node.source.calls[: len(PLACES)]}
-        assert first == {place // UNIT_BYTES for place in PLACES}
+        first = {offset // UNIT_BYTES for _, offset, _ in node.source.calls[: len(REPLAYED)]}
+        assert first == REPLAYED
         assert node.source.received_bytes == SIZE
 
 
@@ -327,7 +355,7 @@ async def test_a_request_that_fails_is_left_to_demand_and_the_rest_goes_on(
         await node.evict()
         node.source.faults = [errors.SourceUnavailableError("503")]
         await node.replayed()
-        assert len(node.source.calls) == len(PLACES)
+        assert len(node.source.calls) == len(REPLAYED)
         await node.boot()
 
 
@@ -352,6 +380,25 @@ async def test_a_cache_that_has_no_room_is_not_filled_by_a_replay(tmp_path: Path
         await node.handler.remove_image(node.entry)
         await node.replayed()
         assert node.source.calls == []
+
+
+def put_in_the_way_of_maps(directory: Path) -> None:
+    for path in directory.glob("*.map"):
+        path.unlink()
+        path.mkdir()
+
+
+async def test_an_image_without_a_chunk_file_is_not_replayed(
+    tmp_path: Path, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings("serving it round the cache")
+    async with a_node(tmp_path) as node:
+        await node.boot()
+    put_in_the_way_of_maps(tmp_path)
+    async with a_node(tmp_path) as node:
+        await node.replayed()
+        assert node.source.calls == []
+        await node.boot(BOOT[:1])
 
 
 async def test_a_streamed_image_is_not_replayed(tmp_path: Path) -> None:

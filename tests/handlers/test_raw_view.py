@@ -1,5 +1,6 @@
 """From the gate to the bytes: qcow2 images that are shown as the raw disks in them."""
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -171,3 +172,40 @@ async def test_what_was_made_of_damaged_bytes_is_forgotten(sites: Sites, tmp_pat
         assert image.hit(0, 65536) is None
         assert await image.read(0, MIB, PATIENCE) == disk[:MIB]
         assert image.hit(0, 65536) is not None
+
+
+async def test_a_boot_trace_is_of_stored_bytes_so_it_brings_what_a_boot_from_the_disk_reads(
+    sites: Sites, tmp_path: Path
+) -> None:
+    raw = tmp_path / "disk"
+    raw.write_bytes(random.Random(5).randbytes(8 * MIB))
+    qemu("qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", raw, tmp_path / "image")
+    data, disk = (tmp_path / "image").read_bytes(), raw.read_bytes()
+    entry = qcow2_entry(data)
+    places = [(at * MIB + 5000, 256 * 1024) for at in (6, 3, 4, 7, 5)]
+    async with sites(data) as site:
+        await site.check(entry)
+
+        async def boot() -> None:
+            image = await site.image(entry)
+            site.handler.opened(entry, image)
+            await image.fetcher.trace.wait_replayed()
+            for offset, length in places:
+                found = image.hit(offset, length)
+                if found is None:
+                    found = await image.read(offset, length, PATIENCE)
+                assert found == disk[offset : offset + length]
+            await site.handler.released(entry)
+            await image.fetcher.trace.close()
+
+        await boot()
+        await site.handler.remove_image(entry)
+        site.source.calls.clear()
+        image = await site.image(entry)
+        site.handler.opened(entry, image)
+        await image.fetcher.trace.wait_replayed()
+        brought = len(site.source.calls)
+        assert brought >= len(places)
+        await site.handler.released(entry)
+        await boot()
+        assert len(site.source.calls) == brought, "tables and clusters are here"
