@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import trio
 
-from basefs.core.request_size import RequestSize
+from basefs.core.request_size import BYTES_MIN, RequestSize
 from basefs.core.token_bucket import TokenBucket
 
 
@@ -30,12 +30,17 @@ class Pace:
         self._limiter = trio.CapacityLimiter(concurrency_max)
         self._bucket = TokenBucket(bytes_s) if bytes_s else None
 
+    def _bytes_max(self) -> int:
+        """A quarter of a second's worth, or a slow pace would be long bursts and long pauses; the least, a second's."""
+        if self._bucket is None:
+            return self.request_size.bytes
+        return min(self.request_size.bytes, max(self._bytes_s // 4, min(BYTES_MIN, self._bytes_s)))
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Turn]:
         """A turn for one request. Cancellation: at any time; what was not moved is not charged."""
         async with self._limiter:
-            # A second's worth at most, or a slow pace would be long bursts and long pauses.
-            turn = Turn(min(self.request_size.bytes, self._bytes_s or self.request_size.bytes))
+            turn = Turn(self._bytes_max())
             if self._bucket is None:
                 yield turn
                 return

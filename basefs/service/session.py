@@ -11,6 +11,7 @@ import os
 import pyfuse3
 import trio
 
+from basefs.fuse import session_waits
 from basefs.service.keeper_channel import KeeperChannel
 
 SYNCHRONOUS_MAX = 1000
@@ -44,6 +45,7 @@ async def serve_session(
         MountError: the keeper ended during the handshake.
     """
     logging.getLogger("pyfuse3").addFilter(_RepliesToNobody())
+    session_waits.install()
     pyfuse3.init(operations, f"/dev/fd/{session_fd}", set())
     try:
         channel.send({"type": "prepared"})

@@ -46,9 +46,10 @@ async def test_who_is_cancelled_waits_for_nothing_and_disturbs_nobody() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(calls.run, held)
-        nursery.start_soon(calls.run, ran.append, "was never begun")
         while not begun.is_set():
             await trio.lowlevel.checkpoint()
+        nursery.start_soon(calls.run, ran.append, "was never begun")
+        await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     go.set()
     assert await calls.run(str, 5) == "5"

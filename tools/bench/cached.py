@@ -28,16 +28,26 @@ class Workload:
     name: str
     arguments: tuple[str, ...]
     is_throughput: bool
+    of_minimal: float
+    """What we must reach of the minimal file system."""
 
 
 DIRECT = (
     Workload(
-        name="4 KiB random, queue depth 16", arguments=("--rw=randread", "--bs=4k", "--iodepth=16"), is_throughput=False
+        name="4 KiB random, queue depth 16",
+        arguments=("--rw=randread", "--bs=4k", "--iodepth=16"),
+        is_throughput=False,
+        of_minimal=1.5,
     ),
     Workload(
-        name="4 KiB random, queue depth 1", arguments=("--rw=randread", "--bs=4k", "--iodepth=1"), is_throughput=False
+        name="4 KiB random, queue depth 1",
+        arguments=("--rw=randread", "--bs=4k", "--iodepth=1"),
+        is_throughput=False,
+        of_minimal=1.1,
     ),
-    Workload(name="1 MiB sequential", arguments=("--rw=read", "--bs=1m", "--iodepth=4"), is_throughput=True),
+    Workload(
+        name="1 MiB sequential", arguments=("--rw=read", "--bs=1m", "--iodepth=4"), is_throughput=True, of_minimal=0.9
+    ),
 )
 
 
@@ -117,10 +127,11 @@ def run(report: Report, scratch: Path) -> None:
 
 
 def compare(report: Report, workload: Workload, mine: Path, other: Path) -> None:
-    """Read both by turns; ours must reach 0.9 of the other."""
+    """Read both by turns."""
     ours, theirs, ratio = alternate(lambda: direct_read(mine, workload), lambda: direct_read(other, workload))
     scale, unit = (1e9, "GB/s") if workload.is_throughput else (1.0, "IOPS")
     shown = "{:,.2f} {}" if workload.is_throughput else "{:,.0f} {}"
     report.tell(f"O_DIRECT {workload.name}: basefs", shown.format(ours / scale, unit))
     report.tell("  minimal pyfuse3", shown.format(theirs / scale, unit))
-    report.at_least("  median ratio", ratio, 0.9)
+    # More than 1: the other waits for each request as pyfuse3 does, ours does not (`fuse/session_waits.py`).
+    report.at_least("  median ratio", ratio, workload.of_minimal)
