@@ -1,0 +1,37 @@
+"""A real Debian guest under qemu (TCG) to multi-user.target: on what nobody has read yet, and a second one."""
+
+import functools
+import time
+
+from tools.bench.peers.base import Peer, TooLongError
+from tools.bench.peers.link_model import LinkSpec
+from tools.bench.peers.peers import Basefs, BasefsPacked
+from tools.bench.peers.site import Access
+from tools.bench.peers.work import Bench, measure, started
+from tools.guest import BootTimeoutError, Guest, boot
+
+COLD, WARM = "guest, cold", "guest, warm"
+LIMIT_S = 240.0
+WARM_ALSO = (Basefs,)
+
+
+def one_guest(bench: Bench, link: LinkSpec, guest: Guest) -> None:
+    """Boot it from an overlay on each peer; a second one only on basefs: what others have then is a local file."""
+    kinds = [kind for kind in bench.peers if kind is not BasefsPacked]
+    with Access(bench.site, link) as access:
+        for alternation, kind in bench.turns(kinds, COLD, link.name, is_slow=True):
+            with started(bench, kind, access) as peer:
+                for work in (COLD, WARM) if kind in WARM_ALSO else (COLD,):
+                    act = functools.partial(_boot, bench, peer, guest, work)
+                    measure(bench, peer, access, work, alternation, act, limit_s=LIMIT_S)
+
+
+def _boot(bench: Bench, peer: Peer, guest: Guest, work: str, limit_s: float) -> float:
+    begun = time.monotonic()
+    overlay = peer.directory / f"{work}.qcow2"
+    options = peer.overlay(bench.site.disks[0], overlay, limit_s=limit_s)
+    prepared_s = time.monotonic() - begun
+    try:
+        return prepared_s + boot(overlay, guest, timeout_s=limit_s, drive_options=options, power_off=False).ready_s
+    except BootTimeoutError as error:
+        raise TooLongError from error
