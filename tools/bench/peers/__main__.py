@@ -1,6 +1,7 @@
 """python -m tools.bench.peers: measure, print one table and the bounds, keep JSON and plot (`make bench-peers`).
 
-Exit code 1: a bound was missed. With --show nothing is measured: what was kept is shown again.
+Exit code 1: a bound was missed. With --show nothing is measured: what was kept is shown and
+plotted again.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def main() -> None:
     else:
         results = measured(chosen)
         save(results, chosen.json)
-        chosen.json.with_suffix(".svg").write_text(plot.svg(results), encoding="utf-8")
+    chosen.json.with_suffix(".svg").write_text(plot.svg(results), encoding="utf-8")
     print(table.text(results))
     report = Report()
     bounds.judge(report, results)

@@ -48,7 +48,8 @@ class Peer(abc.ABC):
     name: ClassVar[str]
     shares: ClassVar[bool] = True
     """Whether several guests of one disk share what was fetched."""
-    has_path: ClassVar[bool] = True
+    takes_parallel_misses: ClassVar[bool] = True
+    """Whether a path may be read by several at once, or through the page cache, before all of it is here."""
 
     def __init__(self, access: Access, directory: Path) -> None:
         self.access = access

@@ -60,7 +60,7 @@ def _bars(results: Results, work: str, link: str) -> list[Bar]:
     bars = []
     for peer, value in found.items():
         runs = results.of(work, link, peer)
-        shown = ("> " if exceeds(runs) else "") + shown_value(runs[0], value)
+        shown = f"> {value:,.0f}" if exceeds(runs) else shown_value(runs[0], value)
         bars.append(Bar(name=peer, share=value / longest, shown=shown))
     return bars
 

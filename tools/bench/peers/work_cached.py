@@ -35,7 +35,8 @@ def cached_disk(bench: Bench, link: LinkSpec) -> None:
         for number, kind in enumerate(kinds):
             peer = stack.enter_context(kind(access, bench.scratch / f"cached-{number}"))
             paths[kind.name] = peer.path(bench.site.blob)
-            _read_whole(bench, access, kind.name, paths[kind.name])
+            flags = () if kind.takes_parallel_misses else ("iflag=direct",)
+            _read_whole(bench, access, kind.name, paths[kind.name], *flags)
             subprocess.run(["cmp", str(paths[kind.name]), str(bench.site.blob.original)], check=True)
         for workload in DIRECT:
             for alternation, kind in bench.turns(kinds, name(workload.name), link.name):
@@ -47,14 +48,16 @@ def cached_disk(bench: Bench, link: LinkSpec) -> None:
                 bench.add_value(name(workload.name), link, kind.name, alternation, value, unit)
 
 
-def _read_whole(bench: Bench, access: Access, peer: str, path: Path | None) -> None:
+def _read_whole(bench: Bench, access: Access, peer: str, path: Path | None, *flags: str) -> None:
     target = bench.scratch / "curl.raw"
     url = f"{access.glance_url}/v2/images/{bench.site.blob.image_id}/file"
     begun = time.monotonic()
     if path is None:
         subprocess.run(["curl", "-sf", "-o", str(target), url], check=True, timeout=WHOLE_S)
     else:
-        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"], check=True, timeout=WHOLE_S)
+        subprocess.run(
+            ["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none", *flags], check=True, timeout=WHOLE_S
+        )
     bytes_s = BLOB_BYTES / (time.monotonic() - begun)
     bench.add_value(WHOLE, access.spec, peer, 0, bytes_s / 1e9, "GB/s")
     with contextlib.suppress(FileNotFoundError):
