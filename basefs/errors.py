@@ -33,6 +33,10 @@ class ImageBusyError(ControlError):
     """The image is open, so its local bytes are not dropped."""
 
 
+class BadTraceError(ControlError):
+    """A boot trace that was to be imported is none, or is of other bytes; the message names the byte or the member."""
+
+
 # --- images ----------------------------------------------------------------------------------------
 
 

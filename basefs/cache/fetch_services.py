@@ -9,6 +9,7 @@ from basefs.cache.disk_health import DiskHealth
 from basefs.cache.evictor import Evictor
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheSpace
+from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
 from basefs.cache.waiting_readers import WaitingReaders
 from basefs.catalog.records import ImageEntry
@@ -26,6 +27,8 @@ class FetchCounters:
     """Cached chunks whose bytes did not fit their checksum; they were fetched again."""
     hydrated_bytes: int = 0
     """Fetched by hydration."""
+    replayed_bytes: int = 0
+    """Fetched ahead of readers, because a boot trace says so."""
     verified_images: int = 0
     """Images whose bytes had the hash that Glance tells."""
     mismatches: int = 0
@@ -49,6 +52,7 @@ class FetchServices:
     health: DiskHealth
     evictor: Evictor
     unstored: UnstoredChunks
+    traces: TraceStore
     forget_pages: Callable[[ImageEntry], None] = lambda _entry: None
     """Have the kernel throw away what it keeps of the image: some of it was wrong."""
     outage: Outage = field(default_factory=Outage)

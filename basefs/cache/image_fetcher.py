@@ -6,7 +6,7 @@ wakes the readers; no await stands between finding a chunk absent and waiting fo
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,12 +20,14 @@ from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.image_map import ImageCells, cells_of
+from basefs.cache.image_trace import ImageTrace
 from basefs.cache.ledger import STORED, ChunkLedger
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
 from basefs.cache.whole_image import WholeImage
 from basefs.catalog.records import ImageEntry
+from basefs.core.boot_trace import UNIT_BYTES
 from basefs.core.byte_ranges import chunk_span
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class ImageFetcher:
             entry, self._ledger, self._board, self._flights, self._deliveries, self.whole, services
         )
         self._bringing = ImageBringing(entry, self._ledger, self._transfers, self._deliveries, services)
+        self.trace = ImageTrace(entry, self._ledger, self._flights, self._transfers, self._deliveries, services)
         self._readers = 0
         self._no_readers = trio.Event()
         # With nothing to check the chunk file's own: a hit costs one call.
@@ -90,6 +93,13 @@ class ImageFetcher:
     def cached_bytes(self) -> int:
         """Image bytes in the chunk file, exactly."""
         return self._ledger.cached_bytes
+
+    def missing_bytes(self, units: Iterable[int]) -> int:
+        """About how many bytes of these units of a boot trace are not in the chunk file: whole chunks are counted."""
+        step = self.chunk_bytes
+        chunks = {chunk for unit in units for chunk in chunk_span(unit * UNIT_BYTES, min(UNIT_BYTES, self.size), step)}
+        states = self._ledger.states
+        return step * len(self._ledger.absent(chunk for chunk in chunks if chunk < len(states)))
 
     @property
     def is_complete(self) -> bool:
@@ -211,6 +221,8 @@ class ImageFetcher:
                 seals = self.whole.seals
             for marker, chunks in self._ledger.touch(span):
                 self._transfers.read_ahead(marker, chunks)
+            if fresh := self._ledger.first_touches(span):
+                self.trace.touched(span, fresh, by_guest=patient)
             memory |= await self._verifier.verify(span)
             absent = [index for index in self._ledger.absent(span) if index not in memory]
             if absent and (kept := self._unstored(absent)):
@@ -372,6 +384,7 @@ class ImageFetcher:
 
     async def close(self) -> None:
         """Give the chunk file back once nothing is under way; transfers are stopped, readers waited for."""
+        await self.trace.close()
         while self.is_busy:
             await self.whole.close()
             self._flights.stop()

@@ -8,6 +8,9 @@ whole turned out wrong).
 A second byte a chunk is its age: how many sweeps of the evictor have passed since it was last used, NO_AGE for
 exactly the chunks that are not here. A sweep sets `ready` to a value that makes the next hit fail once; the slow
 path then finds an age above 0 and makes it 0. So hits keep no books (the CLOCK algorithm, with more than one bit).
+
+In the same way the first touch of each chunk is learned while the image is watched: one more byte a chunk, 1 until it
+is touched. A chunk that is here or comes meanwhile has a `ready` that fails once, also when the watch is over by then.
 """
 
 from collections.abc import Iterable
@@ -38,6 +41,8 @@ class ChunkLedger:
         self._markers: dict[int, int] = {}  # to the length of their window, in chunks
         self._held: dict[range, int] = {}
         self.is_sealed = False
+        self.is_watched = False
+        self._untouched = bytearray()  # as `states`, once the image was watched
         self.losses = 0
         """Chunks that were here and were lost, so far."""
 
@@ -65,9 +70,9 @@ class ChunkLedger:
         return [index for index in span if self.states[index] in (STORED, READY)]
 
     def may_check_at_once(self, span: range) -> bool:
-        """Whether all of `span` is in the chunk file, some of it not verified, and no marker is to be told."""
+        """Whether all of `span` is in the chunk file, some of it not verified, and no marker or touch is to be told."""
         states = self.states[span.start : span.stop]
-        if self.is_sealed or STORED not in states or states.strip(_IN_FILE):
+        if self.is_sealed or self.is_watched or STORED not in states or states.strip(_IN_FILE):
             return False
         return not self._markers or not any(index in span for index in self._markers)
 
@@ -106,7 +111,8 @@ class ChunkLedger:
 
     def _show(self, index: int) -> None:
         if self.file is not None and not self.is_sealed:
-            self.file.mark_ready(index, marker=index in self._markers, aged=self._ages[index] > 0)
+            aged = self._ages[index] > 0 or (self.is_watched and self._untouched[index] > 0)
+            self.file.mark_ready(index, marker=index in self._markers, aged=aged)
 
     def not_stored(self, index: int) -> None:
         """The chunk came down and the disk did not take it."""
@@ -136,6 +142,28 @@ class ChunkLedger:
         if self._ages[span.start : span.stop].strip(b"\0"):
             self._renew(span)
         return [(index, self._markers.pop(index)) for index in touched]
+
+    def watch(self) -> None:
+        """From now on no chunk is touched, until `first_touches` tells that it is."""
+        self.is_watched = True
+        self._untouched = bytearray(b"\1") * len(self.states)
+        if self.file is not None:
+            self.file.age_all()
+
+    def unwatch(self) -> None:
+        """First touches are of no interest any more; `first_touches` must be asked for them all the same."""
+        self.is_watched = False
+
+    def first_touches(self, span: range) -> list[int]:
+        """Those chunks of `span` that were not touched since `watch`; now they are."""
+        if self._untouched.find(1, span.start, span.stop) < 0:
+            return []
+        found = [index for index in span if self._untouched[index]]
+        for index in found:
+            self._untouched[index] = 0
+            if self.states[index] == READY:
+                self._show(index)
+        return found
 
     def _renew(self, span: range) -> None:
         for index in span:

@@ -23,6 +23,7 @@ from basefs.cache.whole_image import WholeImage
 from basefs.catalog.records import ImageEntry
 from basefs.core.byte_ranges import longest_zero_run
 from basefs.core.readahead import MISSING, ReadaheadPolicy, Window, window_ahead, window_for_miss
+from basefs.core.trace_plan import TracePlan, missing_around, missing_runs
 
 PIECE_BYTES_MAX = 1 << 20
 
@@ -49,6 +50,8 @@ class ImageTransfers:
         self._stream = ImageStream(entry, ledger, board, flights, deliveries, whole, services)
         self._policy = ReadaheadPolicy.for_chunks(ledger.chunk_bytes, services.request_bytes_max)
         self._hole = range(0)
+        self.plan = TracePlan()
+        """What is to be fetched ahead of readers; demand for a part of it brings that request as it is planned."""
 
     async def wait_for(self, absent: list[int], *, keeps: bool = True) -> dict[int, bytes]:
         """Have `absent` chunks fetched and wait; those that are not in the cache are returned (see `Waiter`).
@@ -77,13 +80,19 @@ class ImageTransfers:
             self._stream.start()
             return
         states = self._ledger.states
+        if not self._ledger.is_watched:  # else each first touch is told to the plan
+            self.plan.saw(absent)
         for index in absent:
             if states[index]:
                 continue
             wanted = 1
             while index + wanted <= absent[-1] and not states[index + wanted]:
                 wanted += 1
-            window = window_for_miss(states, index, wanted, self._policy)
+            planned = self.plan.around(index)
+            if planned is None:
+                window = window_for_miss(states, index, wanted, self._policy)
+            else:
+                window = Window(missing_around(states, index, planned), None)
             self._ledger.claim(window)
             self._flights.start(self._fly_demand, window.chunks)
 
@@ -91,6 +100,38 @@ class ImageTransfers:
         """A reader has come to the marker of a window of `length` chunks: have the next one fetched. Best effort."""
         if not self._deliveries.is_streamed and self._deliveries.gate.is_open:
             self._flights.start(self._fly_ahead, marker, length)
+
+    async def fetch_ahead(self, plan: TracePlan) -> bool:
+        """Fetch what is missing of the plan's next request; False when nothing is left of it, or may be fetched now.
+
+        A request that fails is not made again: a reader who wants its chunks makes it.
+        """
+        gate = self._deliveries.gate
+        await gate.wait()
+        async with self._services.slots.take_ahead():
+            if not gate.is_open:
+                return len(plan) > 0
+            request = plan.next()
+            if request is None or self._ledger.is_sealed:
+                return False
+            for chunks in missing_runs(self._ledger.states, request):
+                if not await self._fetch_run_ahead(chunks):
+                    plan.clear()
+        return True
+
+    async def _fetch_run_ahead(self, chunks: range) -> bool:
+        """False where no more of the image may be fetched ahead: it cannot be kept, or Glance does not give it."""
+        async with self._services.evictor.room(self._length(chunks), background_for=self._entry.number) as room:
+            if not self._services.health.is_usable or not room.left_bytes:
+                return False
+            # Making room takes time, and others may have claimed some of it meanwhile.
+            for run in missing_runs(self._ledger.states, chunks):
+                self._ledger.claim(Window(run, None))
+                error = await self._transfer(run, room)
+                if error is not None:
+                    return isinstance(error, errors.SourceUnavailableError)
+                self._services.counters.replayed_bytes += self._length(run)
+        return True
 
     async def background(self, chunks_max: int) -> int:
         """Fetch at most `chunks_max` chunks of the biggest hole, at background priority; how many bytes that were.

@@ -155,6 +155,8 @@ class Warmer:
     async def _complete(self, warming: Warming, fetcher: ImageFetcher) -> None:
         try:
             with fetcher.held():
+                fetcher.trace.replay_asked()
+                await fetcher.trace.wait_replayed()  # what a boot reads comes first
                 while await fetcher.whole.settle() not in ("verified", "no_hash"):
                     await self._bring(warming, fetcher)
         except trio.Cancelled:

@@ -37,6 +37,10 @@ COMMANDS = {
     "image verify": "image_verify:ImageVerify",
     "image pin": "image:ImagePin",
     "image unpin": "image:ImageUnpin",
+    "trace list": "trace:TraceList",
+    "trace show": "trace:TraceShow",
+    "trace export": "trace:TraceExport",
+    "trace import": "trace:TraceImport",
 }
 USAGE_ERROR = 2
 

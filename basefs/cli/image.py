@@ -69,7 +69,7 @@ class ImageUnpin(_ImageCommand):
 
 
 class ImageWarm(_ImageCommand):
-    """Fetch every byte of an image into the local cache."""
+    """Fetch every byte of an image into the local cache, or what a boot of it reads."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         """See cliff."""
@@ -88,11 +88,18 @@ class ImageWarm(_ImageCommand):
             action="store_false",
             help="hand the work to the server and return; it goes on by itself",
         )
+        group.add_argument(
+            "--boot",
+            dest="is_boot",
+            action="store_true",
+            help="fetch only what earlier boots have read (`basefs trace show`), and show the progress",
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         """0 when all is here, or was handed over; 1 when it failed, 130 after Ctrl-C."""
         client = self.client()
+        warm = client.warm_boot if parsed_args.is_boot else client.warm
         if not parsed_args.is_waiting:
             progress = client.start_warm(parsed_args.ref)
             self.app.stdout.write(f"{_describe(progress)}; the server goes on by itself\n")
@@ -100,7 +107,7 @@ class ImageWarm(_ImageCommand):
         last: dict[str, Any] = {}
         try:
             with (
-                closing(client.warm(parsed_args.ref)) as progresses,
+                closing(warm(parsed_args.ref)) as progresses,
                 progress_reporter(self.app.stdout, "warming", "cached_bytes", "size", _describe) as reporter,
             ):
                 for last in progresses:

@@ -86,6 +86,34 @@ class ServiceView(Protocol):
         """
         ...
 
+    def warm_boot(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
+        """As `warm`, but only what the image's boot trace says; NoSuchEntryError where it has none."""
+        ...
+
+    async def traces(self) -> list[dict[str, Any]]:
+        """Every image that has a boot trace.
+
+        `image_id`, `name`, `base_name`, `size`, and of the trace `traced_bytes`, `traced_percent`, `ranges`, `seconds`
+        (from its first to its last read), `boots`, `by` (guest, other).
+        """
+        ...
+
+    async def trace(self, ref: str) -> dict[str, Any]:
+        """The same of one image, and `trace`, the document of `core/trace_file.py`.
+
+        Raises:
+            NoSuchEntryError: it has none.
+        """
+        ...
+
+    async def put_trace(self, ref: str, data: bytes) -> dict[str, Any]:
+        """Have the trace in the file `data` for the image, in the place of one that is there; as `traces` tells it.
+
+        Raises:
+            BadTraceError: it is none, or of other bytes; the message names the byte or the member.
+        """
+        ...
+
     async def evict(self, ref: str) -> dict[str, Any]:
         """Drop the image's local bytes: `evicted_bytes`.
 

@@ -56,6 +56,25 @@ class ControlClient:
         """Progress of fetching the image; closing the generator gives up the wish for it."""
         return self._progress(_image_path(ref) + "/warm?wait=true")
 
+    def warm_boot(self, ref: str) -> Generator[dict[str, Any], None, None]:
+        """Progress of fetching what the image's boot trace says."""
+        return self._progress(_image_path(ref) + "/warm?what=boot")
+
+    def traces(self) -> list[dict[str, Any]]:
+        """Every image that has a boot trace."""
+        answer = self._call("GET", "/traces")
+        if not isinstance(answer, list):
+            self._raise_strange()
+        return answer
+
+    def trace(self, ref: str) -> dict[str, Any]:
+        """One image's boot trace."""
+        return self._object("GET", f"/traces/{quote(ref, safe='')}")
+
+    def put_trace(self, ref: str, data: bytes) -> dict[str, Any]:
+        """Give the image the boot trace in the file `data`."""
+        return self._object("PUT", f"/traces/{quote(ref, safe='')}", data)
+
     def verify(self, ref: str | None) -> Generator[dict[str, Any], None, None]:
         """Progress of checking what is here of the image, or of all images (None)."""
         return self._progress("/verify" if ref is None else _image_path(ref) + "/verify")
@@ -85,16 +104,16 @@ class ControlClient:
         """Keep what is here of the image, or no longer."""
         return self._object("POST", _image_path(ref) + ("/pin" if pinned else "/unpin"))
 
-    def _object(self, method: str, path: str) -> dict[str, Any]:
-        answer = self._call(method, path)
+    def _object(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        answer = self._call(method, path, body)
         if not isinstance(answer, dict):
             self._raise_strange()
         return answer
 
-    def _call(self, method: str, path: str) -> object:
+    def _call(self, method: str, path: str, body: bytes | None = None) -> object:
         try:
             with closing(_UnixConnection(self._path, self._deadline_s)) as connection:
-                connection.request(method, API_PREFIX + path)
+                connection.request(method, API_PREFIX + path, body)
                 with connection.getresponse() as response:
                     self._raise_for(response)
                     answer: object = json.loads(response.read(ANSWER_BYTES_MAX))

@@ -1,7 +1,8 @@
 """The control socket: HTTP over a Unix socket that only its owner may use, for the commands.
 
-It shares the trio loop with the FUSE work, so it is bounded: at most REQUESTS_MAX requests at a time, no request
-body is read, and a client that goes away ends what was done for it alone.
+It shares the trio loop with the FUSE work, so it is bounded: at most REQUESTS_MAX requests at a time, of request bodies
+only a boot trace is read, FILE_BYTES_MAX within BODY_DEADLINE_S at most, and a client that goes away ends what was done
+for it alone.
 """
 
 import functools
@@ -15,15 +16,17 @@ import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from basefs.control.api import API_PREFIX, MAP_CELLS_MAX, ServiceView
 from basefs.control.listener import ControlListener
+from basefs.core.trace_file import FILE_BYTES_MAX
 from basefs.errors import (
     AmbiguousImageError,
+    BadTraceError,
     BasefsError,
     DeadlineExceededError,
     ImageBusyError,
@@ -38,11 +41,13 @@ log = logging.getLogger(__name__)
 REQUESTS_MAX = 32
 HEAD_BYTES_MAX = 16 * 1024
 IDLE_S = 30.0
+BODY_DEADLINE_S = 10.0
 
 STATUS_OF: dict[type[BasefsError], int] = {
     ImageNotFoundError: 404,
     NoSuchEntryError: 404,
     AmbiguousImageError: 409,
+    BadTraceError: 400,
     ImageBusyError: 409,
     ImageRefusedError: 409,
     SourceError: 503,
@@ -117,6 +122,8 @@ class _Commands:
     async def warm(self, request: Request) -> Response:
         await self._view.wait_known()
         ref = request.path_params["ref"]
+        if request.query_params.get("what") == "boot":
+            return _ProgressResponse(self._view.warm_boot(ref))
         if request.query_params.get("wait", "true") == "true":
             return _ProgressResponse(self._view.warm(ref))
         return JSONResponse(await self._view.start_warm(ref), status_code=202)
@@ -127,6 +134,30 @@ class _Commands:
 
     async def drain(self, _request: Request) -> Response:
         return _ProgressResponse(self._view.drain())
+
+    async def traces(self, _request: Request) -> Response:
+        await self._view.wait_known()
+        return JSONResponse(await self._view.traces())
+
+    async def trace(self, request: Request) -> Response:
+        await self._view.wait_known()
+        return JSONResponse(await self._view.trace(request.path_params["ref"]))
+
+    async def put_trace(self, request: Request) -> Response:
+        await self._view.wait_known()
+        data = b""
+        try:
+            with trio.move_on_after(BODY_DEADLINE_S) as waiting:
+                async with aclosing(request.stream()) as body:
+                    while len(data) <= FILE_BYTES_MAX and (piece := await anext(body, b"")):
+                        data += piece
+        except ClientDisconnect:
+            raise BadTraceError("it did not come whole") from None
+        if waiting.cancelled_caught:
+            raise BadTraceError(f"it did not come within {BODY_DEADLINE_S:g} s")
+        if len(data) > FILE_BYTES_MAX:
+            raise BadTraceError(f"it is longer than a boot trace may be ({FILE_BYTES_MAX} bytes)")
+        return JSONResponse(await self._view.put_trace(request.path_params["ref"], data))
 
     async def evict(self, request: Request) -> Response:
         await self._view.wait_known()
@@ -151,6 +182,9 @@ def _application(view: ServiceView) -> Starlette:
             Route(f"{API_PREFIX}/images", commands.images, methods=["GET"]),
             # Not under /images: GET has no verb there, and `x/map` may be an image's name.
             Route(f"{API_PREFIX}/maps/{{ref:path}}", commands.image_map, methods=["GET"]),
+            Route(f"{API_PREFIX}/traces", commands.traces, methods=["GET"]),
+            Route(f"{API_PREFIX}/traces/{{ref:path}}", commands.trace, methods=["GET"]),
+            Route(f"{API_PREFIX}/traces/{{ref:path}}", commands.put_trace, methods=["PUT"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/warm", commands.warm, methods=["POST"]),
             Route(f"{API_PREFIX}/drain", commands.drain, methods=["POST"]),
             Route(f"{API_PREFIX}/verify", commands.verify, methods=["POST"]),

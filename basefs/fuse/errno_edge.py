@@ -39,6 +39,7 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
     errors.ControlError: errno.EIO,
     errors.AmbiguousImageError: errno.EIO,
     errors.ImageBusyError: errno.EBUSY,
+    errors.BadTraceError: errno.EIO,
     # Gone while it is open: its missing bytes cannot be had. At a lookup this becomes ImageRefusedError.
     errors.ImageNotFoundError: errno.EIO,
     # ENOENT is the clean fallback: nova then downloads, checks and converts the image itself.

@@ -221,6 +221,8 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
             ours = self._images.pop(entry.number)
             assert ours is image, "an image was opened that is not the prepared one"
             self._images[entry.number] = ours
+            if not self._opens[entry.number]:
+                ours.fetcher.trace.opened()
         self._note_use(entry)
         self._opens[entry.number] += 1
 
@@ -229,6 +231,8 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._opens[entry.number] -= 1
         if self._opens[entry.number] <= 0:
             del self._opens[entry.number]
+            if (image := self._images.get(entry.number)) is not None:
+                image.fetcher.trace.closed()
         self._note_use(entry)
         await self._close_idle()
 

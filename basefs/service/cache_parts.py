@@ -15,6 +15,7 @@ from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.overlays import OverlayWatch
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits, CacheSpace
+from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
@@ -110,6 +111,7 @@ async def build_cache(
         health=health,
         evictor=evictor,
         unstored=UnstoredChunks(),
+        traces=TraceStore(settings.cache_dir / "traces", disk),
         outage=outage,
         forget_pages=forget,
         pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),
@@ -122,6 +124,7 @@ async def build_cache(
     uses = ImageUses(handler, OverlayWatch(settings.instances_path, settings.mountpoint))
     # The mount waits for a later server, and a cache disk that fails or hangs by now is no reason not to serve.
     nursery.start_soon(_settle_in, handler, None if is_first else known, space, health, disk)
+    nursery.start_soon(services.traces.load)
     nursery.start_soon(uses.overlays.run)
     nursery.start_soon(evictor.run, HandlerContents(handler, catalog.entries, uses, space))
     return CacheParts(handler=handler, uses=uses, space=space, health=health, evictor=evictor, services=services)

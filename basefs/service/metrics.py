@@ -140,6 +140,7 @@ class Metrics:
         yield "basefs_cache_misses_total", (), parts.operations.misses
         yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes
         yield "basefs_cache_damaged_chunks_total", (), parts.counters.damaged_chunks
+        yield "basefs_replayed_bytes_total", (), parts.counters.replayed_bytes
         yield "basefs_hydrated_bytes_total", (), parts.counters.hydrated_bytes
         yield "basefs_verified_images_total", (), parts.counters.verified_images
         yield "basefs_hash_mismatches_total", (), parts.counters.mismatches

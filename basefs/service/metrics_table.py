@@ -59,6 +59,7 @@ _CACHE = (
     Metric("basefs_scrub_round_timestamp_seconds", "gauge", "When the scrub last came to the end of all images."),
     Metric("basefs_cache_damaged_chunks_total", "counter", "Chunks that did not fit their checksum; fetched again."),
     Metric("basefs_hydrated_bytes_total", "counter", "Bytes that were fetched to complete images in use."),
+    Metric("basefs_replayed_bytes_total", "counter", "Bytes that were fetched ahead because a boot trace has them."),
     Metric("basefs_verified_images_total", "counter", "Images found to have the hash that Glance tells."),
     Metric("basefs_hash_mismatches_total", "counter", "Images found to have another; fetched again once."),
 )

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from basefs.handlers.report import image_report, map_note
 from basefs.service.cache_parts import CacheParts
 from basefs.service.drain import Drain
 from basefs.service.integrity import Integrity
+from basefs.service.traces import Traces
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
 
@@ -56,6 +58,7 @@ class View:
         self._counters = counters
         self._integrity = integrity
         self._cache = cache
+        self._traces = Traces(catalog, handler, cache.services.traces)
         self._started_at = trio.current_time()
         self.operations: Operations | None = None
         self.drains: Drain | None = None
@@ -136,6 +139,28 @@ class View:
                 yield self._progress(entry) | {"state": "failed", "error": str(warming.error)}
             else:
                 yield self._progress(entry) | {"state": "complete"}
+
+    async def warm_boot(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
+        """See `ServiceView.warm_boot`."""
+        entry = await self._warmable(ref)
+        if entry.local.is_graduated:  # all of it is here
+            yield self._progress(entry) | {"cached_bytes": entry.size, "state": "complete"}
+            return
+        async with aclosing(self._traces.replay(entry)) as progress:
+            async for step in progress:
+                yield self._progress(entry) | step
+
+    async def traces(self) -> list[dict[str, Any]]:
+        """See `ServiceView.traces`."""
+        return await self._traces.summaries()
+
+    async def trace(self, ref: str) -> dict[str, Any]:
+        """See `ServiceView.trace`."""
+        return await self._traces.trace(self._catalog.find(ref))
+
+    async def put_trace(self, ref: str, data: bytes) -> dict[str, Any]:
+        """See `ServiceView.put_trace`."""
+        return await self._traces.put(self._catalog.find(ref), data)
 
     async def start_warm(self, ref: str) -> dict[str, Any]:
         """See `ServiceView.start_warm`."""

@@ -10,6 +10,7 @@ from basefs.cache.evictor import EvictionCounters, Evictor
 from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits, CacheSpace
+from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.priority_slots import PrioritySlots
@@ -50,5 +51,6 @@ def make_services(
         health=health,
         evictor=evictor,
         unstored=UnstoredChunks(),
+        traces=TraceStore(directory / "traces", disk),
         pace=pace or Pace(),
     )

@@ -17,12 +17,14 @@ class Work:
         self.nursery = nursery
         self.order: list[str] = []
 
-    async def start(self, name: str, *, background: bool) -> tuple[trio.Event, trio.CancelScope]:
+    async def start(
+        self, name: str, *, background: bool = False, ahead: bool = False
+    ) -> tuple[trio.Event, trio.CancelScope]:
         finish, scope = trio.Event(), trio.CancelScope()
 
         async def work() -> None:
             with scope:
-                async with self.slots.take(background=background):
+                async with self.slots.take_ahead() if ahead else self.slots.take(background=background):
                     self.order.append(name)
                     await finish.wait()
 
@@ -56,38 +58,71 @@ async def test_demand_goes_before_background_that_waited_longer() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_replay_leaves_one_slot_and_goes_between_demand_and_background() -> None:
+    async with trio.open_nursery() as nursery:
+        work = Work(PrioritySlots(4, reserved=2), nursery)
+        finish, _ = await work.start("a0", ahead=True)
+        await work.start("b0", background=True)
+        await work.start("b1", background=True)
+        await work.start("a1", ahead=True)
+        assert work.order == ["a0", "b0", "a1"], "beyond what background may, but for one"
+        await work.start("a2", ahead=True)
+        await work.start("d0")
+        await work.start("d1")
+        assert work.order == ["a0", "b0", "a1", "d0"]
+        finish.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert work.order == ["a0", "b0", "a1", "d0", "d1"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_background_waits_for_a_replay_that_came_later() -> None:
+    async with trio.open_nursery() as nursery:
+        work = Work(PrioritySlots(3, reserved=1), nursery)
+        finish, _ = await work.start("a0", ahead=True)
+        await work.start("a1", ahead=True)
+        await work.start("b0", background=True)
+        await work.start("a2", ahead=True)
+        finish.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert work.order == ["a0", "a1", "a2"]
+        nursery.cancel_scope.cancel()
+
+
 def test_a_reserve_of_everything_is_refused() -> None:
     with pytest.raises(ValueError, match="slots"):
         PrioritySlots(2, reserved=2)
 
 
-step = st.tuples(st.sampled_from(["start", "finish", "cancel"]), st.booleans(), st.integers(0, 30))
+kinds = st.sampled_from(["demand", "ahead", "background"])
+step = st.tuples(st.sampled_from(["start", "finish", "cancel"]), kinds, st.integers(0, 30))
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(step, max_size=40))
-def test_no_order_of_events_loses_or_doubles_a_slot(steps: list[tuple[str, bool, int]]) -> None:
+def test_no_order_of_events_loses_or_doubles_a_slot(steps: list[tuple[str, str, int]]) -> None:
     async def scenario() -> None:
-        slots = PrioritySlots(3, reserved=1)
-        holding = {True: 0, False: 0}
+        slots = PrioritySlots(4, reserved=2)
+        holding = {"demand": 0, "ahead": 0, "background": 0}
         items: list[tuple[trio.Event, trio.CancelScope]] = []
         async with trio.open_nursery() as nursery:
 
-            async def work(finish: trio.Event, scope: trio.CancelScope, background: bool) -> None:
+            async def work(finish: trio.Event, scope: trio.CancelScope, kind: str) -> None:
                 with scope:
-                    async with slots.take(background=background):
-                        holding[background] += 1
-                        assert sum(holding.values()) <= 3
-                        assert holding[True] <= 2
+                    async with slots.take_ahead() if kind == "ahead" else slots.take(background=kind == "background"):
+                        holding[kind] += 1
+                        assert sum(holding.values()) <= 4
+                        assert holding["ahead"] + holding["background"] <= 3
+                        assert holding["background"] <= 2
                         try:
                             await finish.wait()
                         finally:
-                            holding[background] -= 1
+                            holding[kind] -= 1
 
-            for what, background, index in steps:
+            for what, kind, index in steps:
                 if what == "start":
                     items.append((trio.Event(), trio.CancelScope()))
-                    nursery.start_soon(work, *items[-1], background)
+                    nursery.start_soon(work, *items[-1], kind)
                 elif items:
                     finish, scope = items[index % len(items)]
                     finish.set() if what == "finish" else scope.cancel()
@@ -96,7 +131,7 @@ def test_no_order_of_events_loses_or_doubles_a_slot(steps: list[tuple[str, bool,
             for finish, _ in items:
                 finish.set()
         async with trio.open_nursery() as nursery:
-            for _ in range(3):  # all three are free again
+            for _ in range(4):  # all four are free again
 
                 async def take() -> None:
                     async with slots.take(background=False):

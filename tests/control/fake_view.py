@@ -6,8 +6,19 @@ from typing import Any
 import trio
 
 from basefs import errors
+from basefs.core.boot_trace import UNIT_BYTES, BootTrace, TracedImage, TraceRecording
+from basefs.core.trace_file import trace_document, trace_for
 
 SIZE = 1000
+
+
+def trace_of_fake(ref: str) -> BootTrace:
+    """A boot that reads 8 units at the end and 9 in the middle of 136."""
+    recording = TraceRecording()
+    recording.note(range(128, 136), 0)
+    recording.note(range(60, 69), 1500)
+    image = TracedImage(image_id=ref, size=136 * UNIT_BYTES, os_hash_algo="md5", os_hash_value="0f")
+    return recording.trace(image, by_guest=True)
 
 
 class FakeView:
@@ -16,6 +27,7 @@ class FakeView:
     def __init__(self) -> None:
         self.holds = 0
         self.kept: list[str] = []
+        self.imported: list[tuple[str, bytes]] = []
         self.drains = ["a/b", "one"]
         self.drain_stops = False
         self.verify_stops = False
@@ -98,6 +110,41 @@ class FakeView:
             "taken_at": 1_700_000_000, **sizes, **totals, "missing_bytes": sizes["size"] - sum(totals.values()),
             "runs": [dict(zip(("cells", *names), run, strict=True)) for run in runs], "cells_max": cells_max,
         }  # fmt: skip
+
+    async def warm_boot(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
+        """`one` has a trace that comes, `open` one that does not."""
+        await self.trace(ref)
+        yield self._progress(ref, 0)
+        if ref == "open":
+            yield {**self._progress(ref, 0, "failed"), "error": "Glance is away"}
+        else:
+            yield self._progress(ref, 300, "complete")
+
+    async def traces(self) -> list[dict[str, Any]]:
+        return [self._summary("one"), self._summary("open")]
+
+    def _summary(self, ref: str) -> dict[str, Any]:
+        trace = trace_of_fake(ref)
+        return {
+            "image_id": ref, "name": f"name of {ref}", "base_name": "x", "size": trace.image.size,
+            "traced_bytes": trace.traced_bytes, "traced_percent": 12.5, "ranges": len(trace.ranges), "seconds": 1.5,
+            "boots": 1, "by": "guest",
+        }  # fmt: skip
+
+    async def trace(self, ref: str) -> dict[str, Any]:
+        self.image(ref)
+        if ref not in ("one", "open"):
+            raise errors.NoSuchEntryError(f"image {ref}: it has no boot trace")
+        return {**self._summary(ref), "trace": trace_document(trace_of_fake(ref))}
+
+    async def put_trace(self, ref: str, data: bytes) -> dict[str, Any]:
+        self.image(ref)
+        try:
+            trace_for(data, trace_of_fake(ref).image)
+        except ValueError as exc:
+            raise errors.BadTraceError(f"not a boot trace of image {ref}: {exc}") from None
+        self.imported.append((ref, data))
+        return self._summary(ref)
 
     async def evict(self, ref: str) -> dict[str, Any]:
         if ref == "open":

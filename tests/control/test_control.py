@@ -1,4 +1,5 @@
 import functools
+import json
 import socket
 import stat
 import threading
@@ -92,6 +93,48 @@ async def test_an_error_of_the_service_reaches_the_command_in_its_words(view, pa
         await call(path, method, ref)
 
 
+async def test_traces_come_and_go(view, path):
+    assert await call(path, "traces") == await view.traces()
+    told = await call(path, "trace", "one")
+    assert told == await view.trace("one")
+    data = json.dumps(told["trace"]).encode()
+    assert (await call(path, "put_trace", "one", data))["ranges"] == 2
+    assert view.imported == [("one", data)]
+
+
+@pytest.mark.parametrize(
+    ("ref", "data", "text"),
+    [
+        ("one", b"{", "not a boot trace of image one: byte 1: not JSON"),
+        ("none", b"{}", "no image 'none'"),
+        ("one", b" " * 70_000, r"longer than a boot trace may be \(65536 bytes\)"),
+        ("one", b" " * 3_000_000, r"longer than a boot trace may be|ended the connection"),
+    ],
+)
+async def test_what_is_no_trace_is_refused_in_one_sentence(view, path, ref, data, text):
+    with pytest.raises(errors.ControlError, match=text):
+        await call(path, "put_trace", ref, data)
+    assert view.imported == []
+
+
+async def test_a_trace_that_does_not_come_is_given_up(view, path, monkeypatch):
+    monkeypatch.setattr(server, "BODY_DEADLINE_S", 0.1)
+    stream = await trio.open_unix_socket(str(path))
+    async with stream:
+        await stream.send_all(b"PUT /v1/traces/one HTTP/1.1\r\nhost: b\r\ncontent-length: 1000\r\n\r\n{")
+        with trio.fail_after(10):
+            assert (await stream.receive_some(4096)).startswith(b"HTTP/1.1 400")
+
+
+async def test_the_boot_of_an_image_is_warmed_to_its_end(view, path):
+    async def states(ref):
+        return await trio.to_thread.run_sync(lambda: [step["state"] for step in ControlClient(path).warm_boot(ref)])
+
+    assert await states("one") == ["warming", "complete"]
+    with pytest.raises(errors.ControlError, match="no boot trace"):
+        await states("a/b")
+
+
 async def test_a_bug_in_the_service_is_a_500_and_the_server_lives_on(view, path, expected_warnings):
     expected_warnings("basefs.control.http")
     with pytest.raises(errors.ControlError, match="HTTP 500"):
@@ -103,6 +146,7 @@ def test_the_status_says_which_kind_of_error_it_was():
     assert status_of(errors.ImageNotFoundError("")) == 404
     assert status_of(errors.AmbiguousImageError("")) == 409
     assert status_of(errors.ImageBusyError("")) == 409
+    assert status_of(errors.BadTraceError("")) == 400
     assert status_of(errors.SourceForbiddenError("")) == 503
     assert status_of(errors.CacheError("")) == 500
 

@@ -111,6 +111,34 @@ def state_database(_directory: Path) -> Target:
     return target
 
 
+def boot_traces(_directory: Path) -> Target:
+    """Boot traces, of this node or to be imported: refused, or within their bounds, and the same when written."""
+    from basefs.core.boot_trace import BootTrace, TracedImage, TraceRange
+    from basefs.core.trace_file import parse_trace, trace_bytes
+    from basefs.core.trace_plan import requests_for
+
+    image = TracedImage(image_id="11111111", size=1 << 30, os_hash_algo="sha512", os_hash_value="0f" * 64)
+    ranges = (TraceRange(16383, 1, 0), TraceRange(0, 9, 3), TraceRange(500, 20, 70, 2), TraceRange(100, 1, 9000, 1))
+    good = trace_bytes(BootTrace(image=image, boots=3, by_guest=True, ranges=ranges))
+
+    def target(data: bytes) -> None:
+        trace, said = None, ""
+        try:
+            trace = parse_trace(spliced(good, data))
+        except ValueError as exc:
+            said = str(exc)
+        if trace is None:
+            assert 0 < len(said) < 500
+            return
+        assert parse_trace(trace_bytes(trace)) == trace
+        size, chunk_bytes = trace.image.size, 64 * 1024
+        assert 0 <= trace.traced_bytes <= size
+        for request in requests_for(trace.units(), size=size, chunk_bytes=chunk_bytes):
+            assert 0 <= request.start < request.stop <= -(-size // chunk_bytes)
+
+    return target
+
+
 def http_headers(_directory: Path) -> Target:
     """Headers that Glance, or who stands in front of it, answers with."""
     from basefs.core.byte_ranges import parse_content_range
@@ -295,6 +323,7 @@ def qcow2_images(directory: Path) -> Target:
 TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
     "chunk-files": (chunk_files, [b"\0" * 8, b"\1\0\0\1\0\x08abcdefgh", b"\2\3\0\2\0\x10" + bytes(range(64))]),
     "state-database": (state_database, [b"\0" * 8, b"\1\0\x20\0\x04null", b'\2\0\x1f\0\x08{}[]12""']),
+    "boot-traces": (boot_traces, [b"\0" * 8, b"\1\xf0\0\0\x049999", b"\2\x40\0\0\x02[]\xa0\0\0\x03,1]"]),
     "http-headers": (
         http_headers,
         [b"bytes 0-9/10", b"bytes 0-9/*", b"120", b"Wed, 21 Oct 2026 07:28:00 GMT", b"9" * 400, b"<title>x</title>"],
