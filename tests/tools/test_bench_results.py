@@ -28,6 +28,7 @@ def results(*runs: Run) -> Results:
         alternations=3,
         seconds=60,
         source="one range: 1 ms",
+        distinct_bytes=1 << 20,
         versions={**{peer: f"{peer} 1.0 <&>" for peer in peers}, "qemu": "7.2"},
         runs=list(runs),
     )

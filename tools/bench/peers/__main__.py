@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 from tools.bench import replay
+from tools.bench.boot import GRANULARITY
 from tools.bench.peers import bounds, machine, plot, table, work_cached, work_guest, work_trace
-from tools.bench.peers.link import LINKS
-from tools.bench.peers.peers import PEERS
+from tools.bench.peers.link import GBIT, GBIT_10_MS, LINKS, LOOPBACK, SLOW
+from tools.bench.peers.peers import PEERS, BasefsPacked, BasefsTraced
 from tools.bench.peers.record import Results, load, save
 from tools.bench.peers.site import Site
 from tools.bench.peers.work import Bench
@@ -26,7 +27,6 @@ from tools.guest import build
 from tools.mount import ROOT
 
 KEPT = ROOT / "docs/bench/peers.json"
-LOOPBACK, GBIT, GBIT_10_MS, SLOW = LINKS
 MANY = (8, 32)
 WORKS = ("trace", "many", "cached", "guest")
 
@@ -56,6 +56,8 @@ def run_all(bench: Bench, works: list[str]) -> None:
     """Every work, the short ones first."""
     if "cached" in works:
         work_cached.cached_disk(bench, LOOPBACK)
+    if "trace" in works or "many" in works:
+        work_trace.know_trace(bench)
     if "trace" in works:
         for link in LINKS:
             work_trace.one_guest(bench, link, is_slow=link is SLOW)
@@ -64,7 +66,11 @@ def run_all(bench: Bench, works: list[str]) -> None:
             for guests in MANY:
                 work_trace.many_guests(bench, GBIT, guests, different=different)
     if "guest" in works:
-        work_guest.one_guest(bench, GBIT_10_MS, build())
+        guest = build()
+        work_guest.know_trace(bench, guest)
+        work_guest.one_guest(bench, GBIT_10_MS, guest, [kind for kind in bench.peers if kind is not BasefsPacked])
+        for link in (LOOPBACK, GBIT) if BasefsTraced in bench.peers else ():
+            work_guest.one_guest(bench, link, guest, [BasefsTraced])
 
 
 def measured(chosen: argparse.Namespace) -> Results:
@@ -98,6 +104,7 @@ def measured(chosen: argparse.Namespace) -> Results:
         alternations=chosen.alternations,
         seconds=round(time.monotonic() - begun),
         source=source,
+        distinct_bytes=replay.distinct_bytes(bench.trace, GRANULARITY),
         versions=machine.versions(peers),
         runs=bench.runs,
     )

@@ -2,17 +2,18 @@
 
 from tools.bench.cached import DIRECT
 from tools.bench.peers import work_cached, work_guest, work_trace
-from tools.bench.peers.record import Results
+from tools.bench.peers.record import Results, median_of
 from tools.bench.report import Report
 
-OURS, LIMIT = "basefs", "local file"
-NO_OPERATORS_CHOICE = (OURS, LIMIT, "basefs qcow2", work_cached.CURL)
+OURS, TRACED, LIMIT = "basefs", "basefs trace", "local file"
+NO_OPERATORS_CHOICE = (OURS, TRACED, LIMIT, "basefs qcow2", work_cached.CURL)
 
 
 def judge(report: Report, results: Results) -> None:
     """Add a figure for each bound whose works were measured."""
     report.part("peers", "bounds of issue 6, of the medians above")
     _cold_guest(report, results)
+    _trace_known(report, results)
     _cached(report, results)
     _many(report, results)
     _whole(report, results)
@@ -34,6 +35,21 @@ def _cold_guest(report: Report, results: Results) -> None:
     _at_most(report, results, "cold guest, no trace, 1 Gbit/s + 10 ms: seconds / local file's", cell, LIMIT, 1.5)
     for peer in _others(results):
         _at_most(report, results, f"  seconds / those of {peer}", cell, peer, 1.0)
+
+
+def _trace_known(report: Report, results: Results) -> None:
+    for link in ("loopback", "1 Gbit/s"):
+        ratio = results.ratio(work_guest.COLD, link, TRACED, LIMIT, other_link="1 Gbit/s, 10 ms")
+        if ratio is not None:
+            report.at_most(f"cold guest, trace known, {link}: seconds / local file's", ratio, 1.05)
+    cell = (work_trace.COLD, "1 Gbit/s, 10 ms")
+    runs = results.of(*cell, TRACED)
+    ratio, fetched = results.ratio(*cell, TRACED, OURS), median_of(runs, "fetched_bytes")
+    if ratio is not None:
+        report.at_most("trace replayed cold, trace known, 10 ms: seconds / without", ratio, 0.5)
+    if fetched:
+        report.at_most("  bytes fetched / distinct 64 KiB ranges", fetched / results.distinct_bytes, 1.1)
+        report.at_most("  requests (why not 12: Boot traces, above)", median_of(runs, "requests") or 0, 120)
 
 
 def _cached(report: Report, results: Results) -> None:

@@ -12,12 +12,11 @@ from tools.mount import ROOT
 
 END_S = 5.0
 
-LINKS = (
-    LinkSpec(name="loopback", round_trip_s=0.0, bits_s=None),
-    LinkSpec(name="1 Gbit/s", round_trip_s=0.0, bits_s=1e9),
-    LinkSpec(name="1 Gbit/s, 10 ms", round_trip_s=0.010, bits_s=1e9),
-    LinkSpec(name="50 Mbit/s, 20 ms", round_trip_s=0.020, bits_s=50e6),
-)
+LOOPBACK = LinkSpec(name="loopback", round_trip_s=0.0, bits_s=None)
+GBIT = LinkSpec(name="1 Gbit/s", round_trip_s=0.0, bits_s=1e9)
+GBIT_10_MS = LinkSpec(name="1 Gbit/s, 10 ms", round_trip_s=0.010, bits_s=1e9)
+SLOW = LinkSpec(name="50 Mbit/s, 20 ms", round_trip_s=0.020, bits_s=50e6)
+LINKS = (LOOPBACK, GBIT, GBIT_10_MS, SLOW)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
 from tools.bench.nova_process import Nova
-from tools.bench.peers.base import Peer, PeerError, TooLongError, wait_for_mount
+from tools.bench.peers.base import START_S, Peer, PeerError, TooLongError, wait_for_mount
 from tools.bench.peers.site import Access, Disk
+from tools.bench.restart import wait_for_standby
 from tools.mount import ROOT, RUN_VARIABLE, BasefsMount, base_name
 
 RCLONE = ROOT / ".venvs/peers/bin/rclone"
@@ -36,6 +38,8 @@ class Basefs(Peer):
 
     def start(self) -> None:
         self._mount.start()
+        wait_for_standby(self._mount)  # a mount that guests come to is older than a second
+        self._mount.wait_for_images(len(self.access.site.disks))
 
     def bring(self, disk: Disk, guest: int, limit_s: float) -> Path:  # noqa: ARG002 (the base class's signature)
         return self._mount.path(self.image_id(disk))
@@ -52,6 +56,30 @@ class Basefs(Peer):
             self._mount.stop()
         finally:
             super().stop()
+
+    def recorded(self, disk: Disk) -> bytes:
+        """The boot trace that the first opener of a disk left, once it is written."""
+        path = self._mount.cache_dir / "traces" / f"{base_name(self.image_id(disk))}.json"
+        deadline = time.monotonic() + START_S
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise PeerError(f"no boot trace was recorded at {path}")
+            time.sleep(0.05)
+        return path.read_bytes()
+
+
+class BasefsTraced(Basefs):
+    """The same on a node that has the boot traces of all disks, from an earlier boot of each."""
+
+    name = "basefs trace"
+
+    def start(self) -> None:
+        traces = self._mount.cache_dir / "traces"
+        traces.mkdir()
+        for disk in self.access.site.disks:
+            trace = {**json.loads(self.access.site.boot_trace), "image_id": disk.image_id}
+            (traces / f"{base_name(disk.image_id)}.json").write_text(json.dumps(trace), encoding="ascii")
+        super().start()
 
 
 class BasefsPacked(Basefs):
@@ -208,4 +236,4 @@ class Qemu(Peer):
         return "copy-on-read=on"
 
 
-PEERS: tuple[type[Peer], ...] = (Basefs, Local, BasefsPacked, NovaDownload, Rclone, Nbdkit, Qemu)
+PEERS: tuple[type[Peer], ...] = (Basefs, BasefsTraced, Local, BasefsPacked, NovaDownload, Rclone, Nbdkit, Qemu)

@@ -13,8 +13,9 @@ TITLE_HEIGHT, BAR_HEIGHT, BAR_STEP = 40, 12, 17
 NAME_WIDTH, VALUE_WIDTH = 84, 62
 HEAD_HEIGHT = 58
 INK, QUIET, PAPER = "#1f2933", "#616e7c", "#ffffff"
-COLORS = {"basefs": "#1d4ed8", "basefs qcow2": "#7ea2f0", "local file": "#3e4c59"}
+COLORS = {"basefs": "#1d4ed8", "basefs trace": "#1d4ed8", "basefs qcow2": "#7ea2f0", "local file": "#3e4c59"}
 OTHER = "#b8c1cc"
+OURS = ("basefs", "basefs trace")
 LEFT_OUT = ("trace, warm", work_cached.WHOLE)
 
 
@@ -74,7 +75,7 @@ def _panel(left: float, top: float, title: str, subtitle: str, bars: list[Bar]) 
     for number, bar in enumerate(bars):
         y = top + TITLE_HEIGHT + number * BAR_STEP
         length = max(1.0, bar.share * room)
-        weight = "bold" if bar.name == "basefs" else "normal"
+        weight = "bold" if bar.name in OURS else "normal"
         where = f'x="{left + NAME_WIDTH:.0f}" y="{y:.0f}" width="{length:.1f}" height="{BAR_HEIGHT}" rx="2"'
         lines += [
             _text(left + NAME_WIDTH - 6, y + 10, bar.name, anchor="end", weight=weight),

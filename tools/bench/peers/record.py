@@ -33,7 +33,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """All runs, and what they were made with."""
+    """All runs, and what they were made with; `distinct_bytes` are what the replayed trace touches, in 64 KiB."""
 
     made_at: str
     machine: str
@@ -41,6 +41,7 @@ class Results:
     alternations: int
     seconds: float
     source: str
+    distinct_bytes: int
     versions: dict[str, str]
     runs: list[Run] = field(default_factory=list)
 
@@ -62,9 +63,12 @@ class Results:
         values = [one.value for one in self.of(work, link, peer)]
         return statistics.median(values) if values else None
 
-    def ratio(self, work: str, link: str, peer: str, other: str) -> float | None:
-        """The median of the alternations' ratios of two peers' values, how often `peer`'s is as much as `other`'s."""
-        others = {one.alternation: one.value for one in self.of(work, link, other)}
+    def ratio(self, work: str, link: str, peer: str, other: str, *, other_link: str | None = None) -> float | None:
+        """The median of the alternations' ratios of two peers' values, how often `peer`'s is as much as `other`'s.
+
+        None if no alternation has both. `other_link`: of what was measured over another link.
+        """
+        others = {one.alternation: one.value for one in self.of(work, other_link or link, other)}
         pairs = [(one.value, others[one.alternation]) for one in self.of(work, link, peer) if one.alternation in others]
         return statistics.median(a / b for a, b in pairs) if pairs else None
 

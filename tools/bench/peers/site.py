@@ -44,6 +44,8 @@ class Site:
         self._count = count
         self._stack = contextlib.ExitStack()
         self.disks: list[Disk] = []
+        self.boot_trace = b""
+        """Of the first disk, for whoever knows it before: of the work at hand, recorded by basefs."""
 
     def __enter__(self) -> Self:
         try:

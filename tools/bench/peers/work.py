@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools.bench.peers.base import Peer, TooLongError
+from tools.bench.peers.link import LOOPBACK
 from tools.bench.peers.link_model import LinkSpec
+from tools.bench.peers.peers import Basefs, BasefsTraced
 from tools.bench.peers.record import Run
 from tools.bench.peers.site import Access, Disk, Site
 from tools.bench.replay import Trace
@@ -138,6 +140,14 @@ def started(bench: Bench, kind: type[Peer], access: Access) -> Iterator[Peer]:
     """A peer that knows nothing yet, and is gone afterwards."""
     with kind(access, bench.scratch / "peer") as peer:
         yield peer
+
+
+def record_trace(bench: Bench, read: Callable[[Basefs], object]) -> None:
+    """Let basefs record the boot trace of `read`, for the peer that knows it before."""
+    if BasefsTraced in bench.peers:
+        with Access(bench.site, LOOPBACK) as access, Basefs(access, bench.scratch / "recorder") as peer:
+            read(peer)
+            bench.site.boot_trace = peer.recorded(bench.site.disks[0])
 
 
 def replay_disk(bench: Bench, peer: Peer, disk: Disk, guest: int, limit_s: float) -> None:

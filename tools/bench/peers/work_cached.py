@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tools.bench.cached import DIRECT, fio_read
 from tools.bench.peers.link_model import LinkSpec
-from tools.bench.peers.peers import BasefsPacked, NovaDownload
+from tools.bench.peers.peers import BasefsPacked, BasefsTraced, NovaDownload
 from tools.bench.peers.site import BLOB_BYTES, Access
 from tools.bench.peers.work import Bench
 
@@ -16,7 +16,7 @@ ROUND_S = 1
 WHOLE_S = 120.0
 WHOLE = "read from end to end, cold"
 CURL = "curl to a file"
-LEFT_OUT = (BasefsPacked, NovaDownload)
+LEFT_OUT = (BasefsTraced, BasefsPacked, NovaDownload)
 """What is read then is the same as of basefs, and as of the local file."""
 
 

@@ -2,12 +2,13 @@
 
 import functools
 import time
+from collections.abc import Sequence
 
 from tools.bench.peers.base import Peer, TooLongError
 from tools.bench.peers.link_model import LinkSpec
-from tools.bench.peers.peers import Basefs, BasefsPacked
+from tools.bench.peers.peers import Basefs
 from tools.bench.peers.site import Access
-from tools.bench.peers.work import Bench, measure, started
+from tools.bench.peers.work import Bench, measure, record_trace, started
 from tools.guest import BootTimeoutError, Guest, boot
 
 COLD, WARM = "guest, cold", "guest, warm"
@@ -15,9 +16,13 @@ LIMIT_S = 240.0
 WARM_ALSO = (Basefs,)
 
 
-def one_guest(bench: Bench, link: LinkSpec, guest: Guest) -> None:
+def know_trace(bench: Bench, guest: Guest) -> None:
+    """Before the works of this module."""
+    record_trace(bench, lambda peer: _boot(bench, peer, guest, COLD, LIMIT_S))
+
+
+def one_guest(bench: Bench, link: LinkSpec, guest: Guest, kinds: Sequence[type[Peer]]) -> None:
     """Boot it from an overlay on each peer; a second one only on basefs: what others have then is a local file."""
-    kinds = [kind for kind in bench.peers if kind is not BasefsPacked]
     with Access(bench.site, link) as access:
         for alternation, kind in bench.turns(kinds, COLD, link.name, is_slow=True):
             with started(bench, kind, access) as peer:

@@ -12,7 +12,7 @@ from tools.bench.peers.base import Peer
 from tools.bench.peers.link_model import LinkSpec
 from tools.bench.peers.peers import BasefsPacked
 from tools.bench.peers.site import Access
-from tools.bench.peers.work import Bench, measure, replay, replay_disk, started
+from tools.bench.peers.work import Bench, measure, record_trace, replay, replay_disk, started
 
 COLD, WARM = "trace, cold", "trace, warm"
 
@@ -35,6 +35,11 @@ def one_guest(bench: Bench, link: LinkSpec, *, is_slow: bool) -> None:
                 measure(bench, peer, access, WARM, alternation, functools.partial(replay, path, bench.trace))
                 if alternation == 0:
                     replay(path, bench.trace, bench.limit_s, disk.original)
+
+
+def know_trace(bench: Bench) -> None:
+    """Before the works of this module."""
+    record_trace(bench, lambda peer: replay_disk(bench, peer, bench.site.disks[0], 0, bench.limit_s))
 
 
 def many_guests(bench: Bench, link: LinkSpec, guests: int, *, different: bool) -> None:
