@@ -1,6 +1,7 @@
 """The link of `make bench-peers` does to bytes what it says: delay, rate, every byte, and it counts."""
 
 import http.client
+import json
 import os
 import subprocess
 import sys
@@ -23,8 +24,8 @@ FILE_BYTES = 3 << 20
 
 
 @contextmanager
-def range_server(directory: Path) -> Iterator[str]:
-    argv = [sys.executable, "-m", "tools.bench.peers.range_server", str(directory)]
+def range_server(directory: Path, *origins: str) -> Iterator[str]:
+    argv = [sys.executable, "-m", "tools.bench.peers.range_server", str(directory), *origins]
     with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None
         assert server.stdout is not None
@@ -113,6 +114,14 @@ def test_without_limit_and_delay_every_byte_passes(server: str, data: bytes) -> 
     with Link(server, LinkSpec(name="", round_trip_s=0.0, bits_s=None)) as link:
         client = connection(link)
         assert [get(client), get(client, "bytes=7-90000"), get(client, "bytes=-9")] == [data, data[7:90001], data[-9:]]
+        client.close()
+
+
+def test_a_server_that_asks_another_passes_on_its_bytes(server: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(FILE_BYTES))  # its size counts, its bytes do not
+    with range_server(tmp_path, json.dumps({"file": server + "/file"})) as url:
+        client = http.client.HTTPConnection("127.0.0.1", urlsplit(url).port, timeout=60)
+        assert [get(client, "bytes=5-6"), get(client), get(client, "bytes=-9")] == [data[5:7], data, data[-9:]]
         client.close()
 
 

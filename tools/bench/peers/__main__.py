@@ -41,6 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--works", default=",".join(WORKS), help="some of %(default)s")
     parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS), help="some of %(default)s")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds until a trace is given up (%(default)s)")
+    parser.add_argument(
+        "--web-asks-glance", action="store_true", help="peers that cannot speak to Glance pay for its answers, too"
+    )
     parser.add_argument("--json", type=Path, default=KEPT, help="where the results are kept, the plot beside it")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     chosen = parser.parse_args()
@@ -81,7 +84,7 @@ def measured(chosen: argparse.Namespace) -> Results:
     scratch = Path(tempfile.mkdtemp(prefix="peers-", dir=scratch_root))
     peers = tuple(peer for peer in PEERS if peer.name in chosen.peers.split(","))
     try:
-        with Site(scratch / "site", build(), max(MANY)) as site:
+        with Site(scratch / "site", build(), max(MANY), web_asks_glance=chosen.web_asks_glance) as site:
             bench = Bench(
                 site=site,
                 scratch=scratch,

@@ -33,7 +33,7 @@ def versions(peers: tuple[type[Peer], ...]) -> dict[str, str]:
 
 def source_costs(site: Site) -> str:
     """What one range costs at each of the two servers: Glance's answers are made by Python on this machine."""
-    urls = {"Glance": f"{site.rig.glance_url}/v2/images/{site.blob.image_id}/file"}
+    urls = {"Glance": site.glance_file(site.blob.image_id)}
     urls["web server"] = f"{site.web_url}/{site.blob.name}"
     told = [f"{name} {_range_s(url) * 1000:.1f} ms" for name, url in urls.items()]
     return f"one range of {RANGE_BYTES >> 10} KiB on loopback: {', '.join(told)} (median of {REQUESTS})"

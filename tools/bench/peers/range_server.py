@@ -1,10 +1,12 @@
-"""range_server.py DIRECTORY: a web server with byte ranges, what rclone, nbdkit and qemu read from.
+"""range_server.py DIRECTORY [ORIGINS]: a web server with byte ranges, what rclone, nbdkit and qemu read from.
 
-Says `{"port": N}` on standard output and ends with its standard input. Bodies go by sendfile, so that it is no slower
-than the Glance that basefs reads from.
+Says `{"port": N}` on standard output and ends with its standard input. Bodies go by sendfile: it is as fast as Python
+can be. ORIGINS is a JSON object of file names and URLs: bodies of those files are asked for there, range by range, so
+that whoever cannot speak to Glance pays for Glance's answers as well.
 """
 
 import functools
+import http.client
 import http.server
 import json
 import os
@@ -12,7 +14,10 @@ import re
 import sys
 import threading
 from http import HTTPStatus
+from typing import ClassVar
+from urllib.parse import urlsplit
 
+PIECE_BYTES = 256 << 10
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)$")
 
 
@@ -34,6 +39,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    origins: ClassVar[dict[str, str]] = {}
+    upstream: http.client.HTTPConnection | None = None
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -75,9 +82,32 @@ class Handler(http.server.SimpleHTTPRequestHandler):
                 self.send_header("Content-Range", f"bytes {first}-{first + length - 1}/{info.st_size}")
             self.end_headers()
             if with_body:
-                self._send_body(fd, first, length)
+                self._send_body_of_origin(first, length) if self.path[1:] in self.origins else self._send_body(
+                    fd, first, length
+                )
         finally:
             os.close(fd)
+
+    def _send_body_of_origin(self, offset: int, length: int) -> None:
+        where = urlsplit(self.origins[self.path[1:]])
+        if self.upstream is None:
+            self.upstream = http.client.HTTPConnection(str(where.hostname), where.port, timeout=60)
+        self.upstream.request("GET", where.path, headers={"Range": f"bytes={offset}-{offset + length - 1}"})
+        answer = self.upstream.getresponse()
+        try:
+            while piece := answer.read(PIECE_BYTES):
+                self.wfile.write(piece)
+                length -= len(piece)
+        except (BrokenPipeError, ConnectionResetError):  # whoever asked has enough
+            pass
+        if length or answer.status != HTTPStatus.PARTIAL_CONTENT:
+            self.close_connection = True
+
+    def finish(self) -> None:
+        """End what the connection had open."""
+        if self.upstream is not None:
+            self.upstream.close()
+        super().finish()
 
     def _send_body(self, fd: int, offset: int, length: int) -> None:
         try:
@@ -99,6 +129,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def main() -> None:
+    if len(sys.argv) > 2:
+        Handler.origins = json.loads(sys.argv[2])
     server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=sys.argv[1]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(json.dumps({"port": server.server_address[1]}), flush=True)

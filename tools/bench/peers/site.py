@@ -38,10 +38,11 @@ class Disk:
 class Site:
     """Both servers, `disks` (the guest's, `count` times under names and ids of their own) and `blob` (random bytes)."""
 
-    def __init__(self, directory: Path, guest: Guest, count: int) -> None:
+    def __init__(self, directory: Path, guest: Guest, count: int, *, web_asks_glance: bool) -> None:
         self._directory = directory
         self._guest = guest
         self._count = count
+        self._web_asks_glance = web_asks_glance
         self._stack = contextlib.ExitStack()
         self.disks: list[Disk] = []
         self.boot_trace = b""
@@ -83,8 +84,14 @@ class Site:
         self.disks.append(disk)
         os.symlink(disk.original, self.web / disk.name)
 
+    def glance_file(self, image_id: str) -> str:
+        """Where Glance has an image's bytes."""
+        return f"{self.rig.glance_url}/v2/images/{image_id}/file"
+
     def _serve_web(self) -> str:
         argv = [sys.executable, "-m", "tools.bench.peers.range_server", str(self.web)]
+        if self._web_asks_glance:
+            argv.append(json.dumps({disk.name: self.glance_file(disk.image_id) for disk in [*self.disks, self.blob]}))
         server = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert server.stdin is not None
         assert server.stdout is not None
