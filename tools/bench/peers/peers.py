@@ -151,12 +151,12 @@ class NovaDownload(Peer):
 class Rclone(Peer):
     """rclone mount with its full cache, over the web server; what was fetched is shared by all guests of the node.
 
-    Chunks of 1 MiB that double: with its default, 128 MiB at once, each jump of a guest leaves a transfer behind
-    (measured: 10 ms link, the trace of a boot: see docs/DESIGN.md).
+    Set as an operator who has measured would: the trace over 10 ms and over 50 Mbit/s takes 6.8 and 87 s (760 and
+    539 MB) with its defaults, 3.9 and 30 s with chunks that begin at 1 MiB and no buffer, 4.5 and 18 s (100 MB) so.
     """
 
     name = "rclone"
-    options: ClassVar[tuple[str, ...]] = ("--vfs-cache-mode=full", "--vfs-read-chunk-size=1M", "--buffer-size=0")
+    options: ClassVar[tuple[str, ...]] = ("--vfs-cache-mode=full", "--vfs-read-chunk-size=256K", "--buffer-size=0")
 
     @classmethod
     def version(cls) -> str:
