@@ -127,17 +127,19 @@ class NovaDownload(Peer):
         nova.run("configure", instances_path=str(self.directory), glance_url=self.access.glance_url, token=token)
 
     def bring(self, disk: Disk, guest: int, limit_s: float) -> Path:  # noqa: ARG002 (the base class's signature)
-        nova = self._nova
+        nova, end = self._nova, time.monotonic() + limit_s
         assert nova is not None
-        with self._turn:
-            alarm = threading.Timer(limit_s, nova.kill)
-            alarm.start()
-            try:
-                answer = nova.run("precache", image_ids=[disk.packed_id])
-            except (EOFError, BrokenPipeError) as error:
-                raise TooLongError from error
-            finally:
-                alarm.cancel()
+        if not self._turn.acquire(timeout=limit_s):
+            raise TooLongError
+        alarm = threading.Timer(end - time.monotonic(), nova.kill)
+        alarm.start()
+        try:
+            answer = nova.run("precache", image_ids=[disk.packed_id])
+        except (EOFError, BrokenPipeError) as error:
+            raise TooLongError from error
+        finally:
+            alarm.cancel()
+            self._turn.release()
         if answer["result"] != {disk.packed_id: True}:
             raise PeerError(f"nova did not download: {answer}")
         return self.directory / "_base" / base_name(disk.packed_id)

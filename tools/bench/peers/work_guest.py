@@ -33,7 +33,7 @@ def one_guest(bench: Bench, link: LinkSpec, guest: Guest, kinds: Sequence[type[P
 
 def _boot(bench: Bench, peer: Peer, guest: Guest, work: str, limit_s: float) -> float:
     begun = time.monotonic()
-    overlay = peer.directory / f"{work}.qcow2"
+    overlay = peer.directory / f"{work.rpartition(' ')[2]}.qcow2"  # qemu splits its options at commas
     options = peer.overlay(bench.site.disks[0], overlay, limit_s=limit_s)
     prepared_s = time.monotonic() - begun
     try:

@@ -62,8 +62,11 @@ def _at_once(bench: Bench, peer: Peer, guests: int, *, different: bool) -> Calla
             barrier.wait()
             replay_disk(bench, peer, bench.site.disks[guest if different else 0], guest, limit_s)
 
-        with ThreadPoolExecutor(guests) as pool:
+        pool = ThreadPoolExecutor(guests)
+        try:
             for end in [pool.submit(boot, guest) for guest in range(guests)]:
                 end.result()
+        finally:
+            pool.shutdown(wait=False)  # after a failure the others end with the peer
 
     return act
