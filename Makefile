@@ -1,13 +1,18 @@
 # `make demo` and `make test` are all a newcomer needs: each sets up what it uses first.
 PYTHON := .venv/bin/python
 TEST_ARGS ?=
+BENCH_ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup demo test ceph-test check bench soak fuzz guest clean
+.PHONY: setup peers demo test ceph-test check bench bench-peers soak fuzz guest clean
 .DEFAULT_GOAL := test
 
 setup:
 	@tools/setup
+
+# What `make bench` compares basefs with; nothing else needs it.
+peers: setup
+	@tools/setup peers
 
 demo: setup guest
 	@$(PYTHON) -m tools.demo
@@ -31,9 +36,13 @@ check: setup
 guest: setup
 	@$(PYTHON) -m tools.guest build
 
-# All figures side by side in one run; `make bench-boot` and so on for one of them.
-bench: setup
-	@$(PYTHON) -m tools.bench
+# All figures side by side in one run; `make bench-boot` and so on for one of them. The peers come last: 25 minutes.
+bench: setup peers guest
+	@$(PYTHON) -m tools.bench; code=$$?; $(PYTHON) -m tools.bench.peers $(BENCH_ARGS) && exit $$code
+
+# basefs beside what else brings an image to a node; `make bench-peers BENCH_ARGS="--alternations 1"` takes 8 minutes.
+bench-peers: peers guest
+	@$(PYTHON) -m tools.bench.peers $(BENCH_ARGS)
 
 bench-%: setup
 	@$(PYTHON) -m tools.bench $*

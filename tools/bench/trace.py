@@ -8,14 +8,15 @@ from subprocess import CalledProcessError
 
 from tools.bench import replay
 from tools.bench.boot import GRANULARITY, MB, settled_fetched_bytes
-from tools.bench.delay_proxy import delayed
+from tools.bench.peers.link import Link
+from tools.bench.peers.link_model import LinkSpec
 from tools.bench.report import Report
 from tools.guest import build
 from tools.mount import BasefsMount, base_name
 from tools.rig import Rig
 
 RUNS = 3
-ONE_WAY_S = 0.005
+FAR = LinkSpec(name="10 ms", round_trip_s=0.010, bits_s=None)
 PATIENCE_S = 20.0
 
 Figures = tuple[float, int, int]
@@ -32,10 +33,10 @@ def run(report: Report, scratch: Path) -> None:
         image_id = rig.place(build().disk, "debian12")
         with BasefsMount(scratch / "near", rig.conf_lines()) as mount:
             _compare(report, mount, image_id, trace, "loopback", bound=1.0)
-        with delayed(rig.glance_url, ONE_WAY_S) as url:
-            conf = rig.conf_lines().replace(rig.glance_url, url)
+        with Link(rig.glance_url, FAR) as link:
+            conf = rig.conf_lines().replace(rig.glance_url, link.url)
             with BasefsMount(scratch / "far", conf) as mount:
-                with_trace = _compare(report, mount, image_id, trace, f"{2000 * ONE_WAY_S:.0f} ms", bound=0.5)
+                with_trace = _compare(report, mount, image_id, trace, FAR.name, bound=0.5)
                 wrong = replay.differences(mount.path(image_id), build().disk, trace)
     report.at_most("bytes fetched with a trace / distinct bytes", with_trace[1] / distinct, 1.1)
     report.at_most("requests with a trace (why not 12: docs/DESIGN.md)", with_trace[2], 120)

@@ -4,8 +4,18 @@
 returns when the guest has powered itself off.
 """
 
-from tools.guest.boot import BootError, BootResult, boot, create_overlay
+from tools.guest.boot import BootError, BootResult, BootTimeoutError, boot, create_overlay
 from tools.guest.build import Guest, GuestBuildError, build
 from tools.guest.packed import packed
 
-__all__ = ["BootError", "BootResult", "Guest", "GuestBuildError", "boot", "build", "create_overlay", "packed"]
+__all__ = [
+    "BootError",
+    "BootResult",
+    "BootTimeoutError",
+    "Guest",
+    "GuestBuildError",
+    "boot",
+    "build",
+    "create_overlay",
+    "packed",
+]
