@@ -142,6 +142,8 @@ class Keeper:
             self._session.abandon()
             raise
         except SessionEndedError:
+            # First: the server detaches volumes at its end, and a device that somebody holds cannot be taken away.
+            self._store.clear()
             crew.end()
             self._finish()
         finally:
@@ -263,7 +265,6 @@ class Keeper:
 
     def _finish(self) -> None:
         """After the end of the session: nothing is left on the mount point."""
-        self._store.clear()
         if self._session.is_mounted():
             self._session.abandon()
             raise MountError(f"the FUSE connection of {self._spec.mountpoint} was aborted; its mount was removed")

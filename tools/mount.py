@@ -60,6 +60,7 @@ class BasefsMount:
                 "metrics_listen": "",  # a port that every mount of a test would want
                 "hydrate_concurrency_max": 0,  # what is fetched is what was read
                 "graduate": False,  # and what was fetched stays in the cache
+                "template_image_handler": "downloading",  # and nobody is asked for volumes
             },
         }
         for key, value in options.items():

@@ -2,8 +2,8 @@
 
 What is due: images that are open, pinned, the base of an overlay, or wanted by nova's pre-cache call, as long as
 that lasts; `hydrate_delay_s` after their first use, which a restart does not begin anew; not those that the lower
-directory has under their name. How they are brought is the warmer's affair. What fails is tried again later: at once
-after an outage, else with growing pauses; an operator is told once.
+directory has under their name, nor those that are linked to a volume. How they are brought is the warmer's affair.
+What fails is tried again later: at once after an outage, else with growing pauses; an operator is told once.
 
 `run` looks at all images (one pass, nothing awaited) when it is woken, and at most once in LOOK_PAUSE_S.
 Owned by the trio loop.
@@ -62,6 +62,10 @@ class HydratedImages(Protocol):
 
     def why_in_use(self, entry: ImageEntry) -> list[str]:
         """Why the image is in use, in an operator's words; empty when it is not."""
+        ...
+
+    def is_linked(self, entry: ImageEntry) -> bool:
+        """Whether the image's bytes are had without being brought: from a volume, which it has or is about to have."""
         ...
 
     async def check(self, entry: ImageEntry) -> None:
@@ -183,6 +187,8 @@ class Hydrator:
         local = entry.local
         is_all_here = entry.size > 0 and local.cached_bytes == entry.size
         if not entry.size or local.whole == "quarantined" or entry.verdict.state == "refused":
+            return False
+        if self._images.is_linked(entry):
             return False
         if not is_all_here:
             self._finished.discard(entry.number)

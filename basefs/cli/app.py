@@ -33,6 +33,7 @@ COMMANDS = {
     "image show": "image:ImageShow",
     "image warm": "image:ImageWarm",
     "image evict": "image:ImageEvict",
+    "image detach": "image_detach:ImageDetach",
     "image map": "image_map:ImageMap",
     "image verify": "image_verify:ImageVerify",
     "image pin": "image:ImagePin",

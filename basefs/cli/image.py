@@ -112,6 +112,9 @@ class ImageWarm(_ImageCommand):
         return self._outcome(last)
 
     def _outcome(self, last: dict[str, Any]) -> int:
+        if last.get("state") == "linked":
+            self.app.stdout.write(f"{last['image_id']}: is linked to its volume, nothing has to be fetched\n")
+            return 0
         if last.get("state") == "complete":
             self.app.stdout.write(f"{_describe(last)}\n")
             return 0

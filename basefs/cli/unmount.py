@@ -15,8 +15,8 @@ from basefs.cli.systemd_stop import make_way_for_restart
 from basefs.errors import MountError
 from basefs.keeper_setup import FUSECTL, lock_holder
 
-END_DEADLINE_S = 20.0
-"""A keeper gives its server 5 s and kills it then."""
+END_DEADLINE_S = 35.0
+"""A keeper gives its server 25 s and kills it then."""
 PROBE_S = 3.0
 
 

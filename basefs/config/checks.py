@@ -25,8 +25,6 @@ def check_together(settings: Settings) -> None:
         ConfigError: Names every option concerned, and why.
     """
     problems = [*_size_problems(settings), *_time_problems(settings), *_path_problems(settings)]
-    if settings.template_image_handler == "volume-linking":
-        problems.append("[basefs] template_image_handler = volume-linking is not in this version: use auto")
     try:
         listen_address(settings.metrics_listen)
     except ValueError as exc:

@@ -47,9 +47,9 @@ _SHOWN = [
         "template_image_handler",
         default="auto",
         choices=[
-            ("auto", "the best way this version has for each image"),
+            ("auto", "from the Cinder volume behind the image where there is one, else as downloading"),
             ("downloading", "chunks over the Glance API into the local cache, when they are read"),
-            ("volume-linking", "the Cinder volume behind the image; not in this version"),
+            ("volume-linking", "as auto, but images without a volume are not shown: nova downloads those"),
         ],
         help="How base images are prepared.",
     ),

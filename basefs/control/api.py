@@ -47,7 +47,7 @@ class ServiceView(Protocol):
         """Fetch what is missing while the caller iterates; closing the iterator gives up the wish.
 
         Yields about every PROGRESS_INTERVAL_S `image_id`, `base_name`, `cached_bytes`, `size`, `fetched_bytes`,
-        `state`; the last one has the state `complete`, or `failed` and an `error`.
+        `state`; the last one has the state `complete` or `linked`, or `failed` and an `error`.
         """
         ...
 
@@ -90,6 +90,15 @@ class ServiceView(Protocol):
 
         Raises:
             ImageBusyError: The image is open or pinned.
+        """
+        ...
+
+    async def detach(self, ref: str, *, force: bool) -> dict[str, Any]:
+        """Detach the image's volume: `image_id`, `volume_id` (the one that was attached). `force`: also in use.
+
+        Raises:
+            ImageBusyError: The image is in use.
+            ControlError: It is not linked, or not detached yet.
         """
         ...
 

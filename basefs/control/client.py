@@ -35,7 +35,7 @@ class ControlClient:
 
     def images(self) -> list[dict[str, Any]]:
         """Every image of the catalog."""
-        answer = self._call("GET", "/images")
+        answer = self._call("GET", "/images", deadline_s=self._deadline_s)
         if not isinstance(answer, list):
             self._raise_strange()
         return answer
@@ -81,26 +81,31 @@ class ControlClient:
         """Drop the image's local bytes."""
         return self._object("POST", _image_path(ref) + "/evict")
 
+    def detach(self, ref: str, *, force: bool) -> dict[str, Any]:
+        """Detach the image's volume; `force`: also while the image is in use."""
+        path = f"{_image_path(ref)}/detach?force={'true' if force else 'false'}"
+        return self._object("POST", path, deadline_s=PROGRESS_DEADLINE_S)
+
     def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
         """Keep what is here of the image, or no longer."""
         return self._object("POST", _image_path(ref) + ("/pin" if pinned else "/unpin"))
 
-    def _object(self, method: str, path: str) -> dict[str, Any]:
-        answer = self._call(method, path)
+    def _object(self, method: str, path: str, *, deadline_s: float | None = None) -> dict[str, Any]:
+        answer = self._call(method, path, deadline_s=self._deadline_s if deadline_s is None else deadline_s)
         if not isinstance(answer, dict):
             self._raise_strange()
         return answer
 
-    def _call(self, method: str, path: str) -> object:
+    def _call(self, method: str, path: str, *, deadline_s: float) -> object:
         try:
-            with closing(_UnixConnection(self._path, self._deadline_s)) as connection:
+            with closing(_UnixConnection(self._path, deadline_s)) as connection:
                 connection.request(method, API_PREFIX + path)
                 with connection.getresponse() as response:
                     self._raise_for(response)
                     answer: object = json.loads(response.read(ANSWER_BYTES_MAX))
                     return answer
         except (OSError, http.client.HTTPException) as exc:
-            self._raise_unreachable(exc, self._deadline_s)
+            self._raise_unreachable(exc, deadline_s)
         except ValueError:
             self._raise_strange()
 

@@ -132,6 +132,11 @@ class _Commands:
         await self._view.wait_known()
         return JSONResponse(await self._view.evict(request.path_params["ref"]))
 
+    async def detach(self, request: Request) -> Response:
+        await self._view.wait_known()
+        force = request.query_params.get("force", "false") == "true"
+        return JSONResponse(await self._view.detach(request.path_params["ref"], force=force))
+
     async def pin(self, request: Request) -> Response:
         await self._view.wait_known()
         return JSONResponse(self._view.pin(request.path_params["ref"], pinned=True))
@@ -156,6 +161,7 @@ def _application(view: ServiceView) -> Starlette:
             Route(f"{API_PREFIX}/verify", commands.verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/verify", commands.verify, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/evict", commands.evict, methods=["POST"]),
+            Route(f"{API_PREFIX}/images/{{ref:path}}/detach", commands.detach, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/pin", commands.pin, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}/unpin", commands.unpin, methods=["POST"]),
             Route(f"{API_PREFIX}/images/{{ref:path}}", commands.image, methods=["GET"]),

@@ -25,7 +25,7 @@ from basefs.fuse.attributes import BLOCK_BYTES, new_attributes
 from basefs.fuse.open_table import OpenTable
 from basefs.handlers.base import Patience, TemplateImageHandler
 from basefs.handlers.gate import ServableGate
-from basefs.handlers.report import image_state
+from basefs.handlers.report import image_state, link_report
 
 log = logging.getLogger(__name__)
 
@@ -193,12 +193,18 @@ class ImageFiles:
         source = entry.local.source_kind or "unknown"
         if entry.local.source_reason:
             source = f"{source}: {entry.local.source_reason}"
+        link = link_report(entry, self._handler)
         return {
             b"user.basefs.image_id": entry.image_id.encode(),
             b"user.basefs.name": entry.record.name.encode("utf-8", "replace"),
             b"user.basefs.state": image_state(entry, self._gate, self._handler).encode(),
             b"user.basefs.cached_bytes": str(entry.local.cached_bytes).encode(),
             b"user.basefs.source": source.encode("utf-8", "replace"),
+            **{
+                b"user.basefs." + name.encode(): str(link[name]).encode("utf-8", "replace")
+                for name in ("volume_id", "clone_id", "attachment_id", "connector", "device")
+                if link[name] is not None
+            },
         }
 
     # --- open files -------------------------------------------------------------------------------------

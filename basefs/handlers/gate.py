@@ -5,8 +5,9 @@ bytes, and persisted; so a later start without Glance resolves what was resolved
 """
 
 import logging
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import trio
@@ -28,6 +29,10 @@ kernel's readahead goes on to 768 KiB: with 1 MiB here a first boot asks Glance 
 the same 5-8 ms whatever its size up to MiBs."""
 
 
+NO_VOLUME_AGAIN_S = 600.0
+"""A name of an image without a volume asks Glance for one so often at the most."""
+
+
 class ServableGate:
     """Lets images through that may be shown; each refusal is logged once with its reason."""
 
@@ -43,7 +48,9 @@ class ServableGate:
         header_bytes: int,
         require_verified: bool,
         is_in_use: Callable[[ImageEntry], bool],
+        find_volume: Callable[[ImageEntry], Awaitable[None]] | None = None,
     ) -> None:
+        """`find_volume(entry)`, where only images with a volume are shown, raises NoVolumeError for one without."""
         self._source = source
         self._handler = handler
         self._changed = changed
@@ -51,6 +58,8 @@ class ServableGate:
         self._verify_signatures = verify_signatures
         self._require_verified = require_verified
         self._is_in_use = is_in_use
+        self._find_volume = find_volume
+        self._looked_for_volume: dict[int, float] = {}
         self._header_bytes = max(HEADER_BYTES, header_bytes)
         self._checks: SingleFlight[int, None] = SingleFlight(nursery)
         self._inspections = BlockingCalls("inspections", threads_max=2)
@@ -87,7 +96,18 @@ class ServableGate:
             return by_metadata
         if record.disk_format == QCOW2 and not self.knows_view(entry):
             return UNCHECKED
-        return entry.verdict
+        if self._find_volume is None or entry.verdict.state == "refused":
+            return entry.verdict
+        return self._by_volume(entry)
+
+    def _by_volume(self, entry: ImageEntry) -> Verdict:
+        """The verdict on an image whose content is not refused, where only images with a volume are shown."""
+        no_volume = entry.local.no_volume
+        if no_volume == "" or self._is_in_use(entry):
+            return entry.verdict
+        if no_volume is None:
+            return UNCHECKED
+        return Verdict(state="refused", reason=f"template_image_handler is volume-linking: {no_volume}")
 
     def knows_view(self, entry: ImageEntry) -> bool:
         """False where the raw view of a qcow2 image is shown and its size is not known, or the other way round.
@@ -120,6 +140,7 @@ class ServableGate:
         Cancellation: ends this wait only; a check under way goes on.
         """
         known = self._checked if for_warming else self.verdict
+        self._forget_old_volume_verdict(entry)
         verdict = known(entry)
         if verdict.state == "unchecked":
             with trio.move_on_after(deadline_s):
@@ -131,6 +152,12 @@ class ServableGate:
         if verdict.state == "unchecked":
             raise errors.DeadlineExceededError(f"image {entry.image_id}: not checked within {deadline_s:g} s")
 
+    def _forget_old_volume_verdict(self, entry: ImageEntry) -> None:
+        """An image may have got a volume, or the operator's map an entry, since it was found to have none."""
+        looked_at = self._looked_for_volume.get(entry.number, -math.inf)
+        if entry.local.no_volume and trio.current_time() - looked_at >= NO_VOLUME_AGAIN_S:
+            entry.local.no_volume = None
+
     def _log_once(self, entry: ImageEntry, reason: str) -> None:
         if self._logged.get(entry.number) != reason:
             self._logged[entry.number] = reason
@@ -139,6 +166,10 @@ class ServableGate:
     async def _check(self, entry: ImageEntry, deadline_s: float) -> None:
         """Runs as a flight: look at the image's first bytes, keep them, and note the verdict."""
         until = trio.current_time() + deadline_s
+        if self._find_volume is not None and entry.local.no_volume is None:
+            await self._look_for_volume(entry, self._find_volume)
+            if entry.local.no_volume or (entry.verdict.state == "servable" and self.knows_view(entry)):
+                return
         try:
             probe = await self._probe(entry, until)
             # In a thread: inspecting 256 KiB takes 5-20 ms.
@@ -161,6 +192,18 @@ class ServableGate:
         entry.verdict, entry.local.shown_size, entry.local.checked_view = verdict, verdict.shown_size, self._view
         if verdict.state == "servable" and verdict.shown_size is None:
             await self._handler.keep_header(entry, probe.header)
+        self._changed(entry)
+
+    async def _look_for_volume(self, entry: ImageEntry, find: Callable[[ImageEntry], Awaitable[None]]) -> None:
+        try:
+            await find(entry)
+        except errors.NoVolumeError as exc:
+            entry.local.no_volume = str(exc)
+        except errors.VolumeError as exc:
+            raise errors.SourceUnavailableError(f"image {entry.image_id}: its volume is not known: {exc}") from exc
+        else:
+            entry.local.no_volume = ""
+        self._looked_for_volume[entry.number] = trio.current_time()
         self._changed(entry)
 
     async def _probe(self, entry: ImageEntry, until: float) -> ProbeResult:

@@ -17,11 +17,13 @@ class NodeImages:
         gate: ServableGate,
         *,
         check_deadline_s: float,
+        is_linked: Callable[[ImageEntry], bool],
     ) -> None:
         self._uses = uses
         self._gate = gate
         self._check_deadline_s = check_deadline_s
         self.entries = entries
+        self.is_linked = is_linked
 
     def why_in_use(self, entry: ImageEntry) -> list[str]:
         """See `HydratedImages`."""

@@ -34,6 +34,8 @@ FD_PREFIX, CONNECTION_PREFIX = "linked/", "link-connection/"
 """Keys in escrow: with the image number."""
 CHECK_BYTES = 1 << 20
 CHECK_LIMIT_S = 15.0
+LONGEST_CLONE_S = 7200.0
+"""Beyond what `VolumeLinks.attach` allows itself for a clone on storage that copies whole volumes."""
 REFUSED_AGAIN_S = 3600.0
 """So often an image in use that has no volume is looked at again: one question to Glance."""
 AT_THE_END_MAX = 64
@@ -62,13 +64,15 @@ class LinkSteps:
         self._stored = stored
         self._jitter = jitter
         self._turns = trio.CapacityLimiter(settings.concurrency_max)
+        # Apart: a clone may be made for an hour, and what is to go does not wait for it.
+        self._detach_turns = trio.CapacityLimiter(settings.concurrency_max)
         self._inspections = BlockingCalls("inspections of volumes", threads_max=2)
         self._told = ConditionLog(log, clock=trio.current_time)
         self.counters = LinkCounters()
 
     def hurry(self) -> None:
         """It is the end: let all be detached at once."""
-        self._turns.total_tokens = AT_THE_END_MAX
+        self._detach_turns.total_tokens = AT_THE_END_MAX
 
     # --- to a volume ------------------------------------------------------------------------------------
 
@@ -85,14 +89,15 @@ class LinkSteps:
                 async with self._turns:
                     with trio.fail_after(self._settings.attach_deadline_s):
                         found = await self.volumes.find(facts)
-                        link.set("linking")
+                    link.set("linking")
+                    with trio.fail_after(self._settings.attach_deadline_s + LONGEST_CLONE_S):
                         attached = await self.volumes.attach(facts, found, self._note_of(link))
             if attached is None:
                 link.set("none")
                 return
             await self._take_over(link, attached)
         except trio.TooSlowError:
-            self._attach_failed(link, f"it was not attached within {self._settings.attach_deadline_s:g} s")
+            self._attach_failed(link, "it was not found, or not attached, in time")
         except errors.NoVolumeError as exc:
             link.refused(str(exc), again_s=REFUSED_AGAIN_S)
             log.info("image %s is not linked to a volume: %s", link.entry.image_id, exc)
@@ -115,7 +120,7 @@ class LinkSteps:
                     attached = await self.volumes.reopen(_facts(link.entry), record, self._note_of(link))
             await self._take_over(link, attached)
         except trio.TooSlowError:
-            self._attach_failed(link, f"it was not attached again within {self._settings.attach_deadline_s:g} s")
+            self._attach_failed(link, "it was not attached again in time")
         except errors.BasefsError as exc:
             self._attach_failed(link, str(exc))
 
@@ -225,7 +230,7 @@ class LinkSteps:
             link.set("detaching", link.reason)
         await self._escrow.drop(f"{FD_PREFIX}{entry.number}")
         try:
-            async with self._turns:
+            async with self._detach_turns:
                 with trio.fail_after(self._settings.attach_deadline_s):
                     await self.volumes.detach(record, link.connection_fd, self._note_of(link))
         except (errors.BasefsError, trio.TooSlowError) as exc:
@@ -261,8 +266,17 @@ class LinkSteps:
 
         return note
 
+    async def find(self, entry: ImageEntry) -> None:
+        """Return if the image has a volume that may be linked.
+
+        Raises:
+            NoVolumeError: it has none; the message is the reason.
+            VolumeError: that cannot be found out now.
+        """
+        await self.volumes.find(_facts(entry))
+
     async def remove_unknown(self, entries: Callable[[], list[ImageEntry]]) -> None:
-        """Have what is this host's in Cinder and noted nowhere removed, while nothing is attached or detached.
+        """Have what is this host's in Cinder and noted nowhere removed, while nothing is attached.
 
         Raises:
             VolumeError: that cannot be found out now.

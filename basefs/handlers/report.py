@@ -9,7 +9,7 @@ from basefs.handlers.uses import ImageUses
 
 ImageState = Literal[
     "quarantined", "refused", "refetching", "warming", "hydrating", "verified", "complete", "unchecked", "partial",
-    "cold", "graduated",
+    "cold", "graduated", "linking", "linked",
 ]  # fmt: skip
 
 
@@ -18,7 +18,8 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
 
     `cold`: nothing here but perhaps the header; `partial`: some was read; `complete`: every byte is here;
     `verified`: and they have the hash that Glance tells; `refetching`, `quarantined`: they had another;
-    `graduated`: it became a file of the lower directory, nova's own.
+    `graduated`: it became a file of the lower directory, nova's own; `linked`: it is read from its volume, which is
+    being attached while it is `linking`.
     """
     if entry.local.is_graduated:
         return "graduated"
@@ -32,6 +33,9 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
         return "refetching"
     if handler.is_warming(entry):
         return "warming"
+    link = handler.link(entry)
+    if link is not None and link.state in ("linked", "finding", "linking", "reopening"):
+        return "linked" if link.state == "linked" else "linking"
     if handler.is_hydrating(entry) or entry.local.is_wanted:
         return "hydrating"
     if entry.size and entry.local.cached_bytes == entry.size:
@@ -41,15 +45,33 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
     return "partial" if entry.local.used_at_ns is not None else "cold"
 
 
-def map_note(entry: ImageEntry, *, refused_reason: str | None) -> str | None:
+def map_note(entry: ImageEntry, *, refused_reason: str | None, state: ImageState) -> str | None:
     """What a map of the image's chunks does not tell, in an operator's words."""
     if refused_reason is not None:
         return f"refused, so nova downloads it by itself: {refused_reason}"
     if entry.local.is_graduated:
         return f"graduated: all of it is the lower file {entry.base_name}; the map is of the cache"
+    if state == "linked":
+        return "linked: it is read from its volume; the map is of the cache"
     if entry.local.whole == "quarantined":
         return "quarantined: as a whole it has not the hash that Glance tells"
     return None
+
+
+def link_report(entry: ImageEntry, handler: TemplateImageHandler) -> dict[str, Any]:
+    """By which handler the image is read now, and what there is of a link to its volume, as JSON values."""
+    link = handler.link(entry)
+    record = None if link is None else link.record
+    return {
+        "handler": "volume-linking" if link is not None and link.state == "linked" else "downloading",
+        "link": None if link is None else link.state,
+        "link_reason": None if link is None else link.reason,
+        "volume_id": None if record is None else record.volume_id,
+        "clone_id": None if record is None else record.clone_id,
+        "attachment_id": None if record is None else record.attachment_id,
+        "connector": None if record is None else record.connector,
+        "device": None if record is None else record.device,
+    }
 
 
 def image_report(
@@ -71,7 +93,7 @@ def image_report(
         "fetched_bytes": local.fetched_bytes,
         "state": image_state(entry, gate, handler),
         "whole": local.whole,
-        "handler": handler.name,
+        **link_report(entry, handler),
         "source": local.source_kind,
         "source_reason": local.source_reason,
         "pinned": local.pinned,

@@ -48,6 +48,7 @@ class CacheParts:
     health: DiskHealth
     evictor: Evictor
     services: FetchServices
+    views: Views
 
     def status(self) -> dict[str, Any]:
         """What `basefs status` says of the cache. `cache_state`: ok, full (nothing may be evicted), degraded (disk)."""
@@ -124,7 +125,9 @@ async def build_cache(
     nursery.start_soon(_settle_in, handler, None if is_first else known, space, health, disk)
     nursery.start_soon(uses.overlays.run)
     nursery.start_soon(evictor.run, HandlerContents(handler, catalog.entries, uses, space))
-    return CacheParts(handler=handler, uses=uses, space=space, health=health, evictor=evictor, services=services)
+    return CacheParts(
+        handler=handler, uses=uses, space=space, health=health, evictor=evictor, services=services, views=views
+    )
 
 
 async def _settle_in(

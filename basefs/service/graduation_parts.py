@@ -1,8 +1,9 @@
 """The graduator over the service's objects."""
 
+from collections.abc import Awaitable, Callable
+
 import trio
 
-from basefs.cache.state_db import StateDatabase
 from basefs.catalog.records import ImageEntry
 from basefs.config import Settings
 from basefs.fuse.image_files import ImageFiles
@@ -18,10 +19,14 @@ def build_graduator(
     handler: DownloadingTemplateImageHandler,
     graduated: GraduatedImages,
     images: ImageFiles,
-    database: StateDatabase,
     settings: Settings,
+    *,
+    stored: Callable[[ImageEntry], Awaitable[None]],
 ) -> Graduator:
-    """Makes files that have what `images` shows. Its `tidy_up` is to be started; nothing graduates before."""
+    """Makes files that have what `images` shows. Its `tidy_up` is to be started; nothing graduates before.
+
+    `stored(entry)` returns when what changed of the entry outlives this server.
+    """
 
     def shown(entry: ImageEntry) -> ShownFile:
         attributes = images.attributes(entry)
@@ -46,5 +51,5 @@ def build_graduator(
         ),
         nursery,
         shown=shown,
-        stored=database.stored,
+        stored=stored,
     )

@@ -1,7 +1,10 @@
 """The hydrator, built and connected to what wakes it."""
 
+from collections.abc import Callable
+
 from basefs.cache.hydrator import Graduation, HydrationSettings, Hydrator
 from basefs.catalog.glance_catalog import Catalog
+from basefs.catalog.records import ImageEntry
 from basefs.concurrency.outage import Outage
 from basefs.config import Settings
 from basefs.handlers.gate import ServableGate
@@ -17,10 +20,11 @@ def build_hydrator(
     outage: Outage,
     *,
     graduation: Graduation,
+    is_linked: Callable[[ImageEntry], bool],
 ) -> Hydrator:
     """The hydrator; its `run` is the caller's to start."""
     hydrator = Hydrator(
-        NodeImages(catalog.entries, cache.uses, gate, check_deadline_s=settings.lookup_deadline_s),
+        NodeImages(catalog.entries, cache.uses, gate, check_deadline_s=settings.lookup_deadline_s, is_linked=is_linked),
         cache.handler.warmer,
         graduation,
         HydrationSettings(is_on=settings.hydrate_concurrency_max > 0, delay_s=settings.hydrate_delay_s),

@@ -53,6 +53,8 @@ class KeeperChannel:
         self.begun: dict[str, Any] = {}
         self.is_connected = True
         """Whether the keeper lives, as far as is known."""
+        self.is_stopped = False
+        """Whether it said `stop`: the mount stays, another server takes over."""
 
     # --- to the keeper -------------------------------------------------------------------------------
 
@@ -168,6 +170,7 @@ class KeeperChannel:
                 if message.get("type") == "ping":
                     self.send({"type": "pong", "n": message.get("n")})
                 elif message.get("type") == "stop":
+                    self.is_stopped = True
                     return True
         return False
 

@@ -25,6 +25,7 @@ from basefs.log_writer import LogWriter
 from basefs.service.cache_parts import CacheParts
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
+from basefs.service.linking import Linking
 from basefs.service.metrics_table import Sample
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
@@ -81,6 +82,7 @@ class MetricsParts:
     cache: CacheParts
     integrity: Integrity
     graduator: Graduator
+    linking: Linking
     is_serving: Callable[[], bool]
 
 
@@ -106,6 +108,7 @@ class Metrics:
             *self._requests(),
             *self._cache(),
             *self._graduation(),
+            *self._links(),
             *self._glance(),
             *self._images(),
         ]
@@ -171,6 +174,21 @@ class Metrics:
         yield "basefs_graduations_total", (), counters.images
         yield "basefs_graduation_failures_total", (), counters.failures
         yield "basefs_graduated_bytes_total", (), counters.bytes
+
+    def _links(self) -> Iterator[Sample]:
+        links = self._parts.linking.links
+        if links is None:
+            return
+        states = links.states()
+        for state in ("finding", "linking", "reopening", "linked", "refused", "broken", "detaching"):
+            yield "basefs_links", (state,), states[state]
+        counters = links.steps.counters
+        yield "basefs_link_attaches_total", (), counters.attaches
+        yield "basefs_link_attach_failures_total", (), counters.attach_failures
+        yield "basefs_link_breaks_total", (), counters.breaks
+        yield "basefs_link_detaches_total", (), counters.detaches
+        yield "basefs_link_detach_failures_total", (), counters.detach_failures
+        yield "basefs_link_attach_duration_seconds", (), counters.attach_durations.copy()
 
     def _glance(self) -> Iterator[Sample]:
         parts = self._parts

@@ -67,6 +67,15 @@ _GRADUATION = (
     Metric("basefs_graduation_failures_total", "counter", "Tries at that which failed; each is made again."),
     Metric("basefs_graduated_bytes_total", "counter", "Bytes in those files, in allocated blocks."),
 )
+_LINKS = (
+    Metric("basefs_links", "gauge", "Images by how they stand to their Cinder volumes.", ("state",)),
+    Metric("basefs_link_attaches_total", "counter", "Volumes that were attached and read from."),
+    Metric("basefs_link_attach_failures_total", "counter", "Tries at that which failed; each is made again."),
+    Metric("basefs_link_breaks_total", "counter", "Volumes that failed a read, which went on through Glance."),
+    Metric("basefs_link_detaches_total", "counter", "Volumes that were detached."),
+    Metric("basefs_link_detach_failures_total", "counter", "Tries at that which failed; each is made again."),
+    Metric("basefs_link_attach_duration_seconds", "histogram", "From the wish to the first read from the volume."),
+)
 _GLANCE = (
     Metric(
         "basefs_glance_requests_total",
@@ -89,5 +98,5 @@ _IMAGES = (
     Metric("basefs_image_open_handles", "gauge", "Handles on an image.", ("image_id",)),
 )
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*_SERVER, *_REQUESTS, *_CACHE, *_GRADUATION, *_GLANCE, *_IMAGES)
+    metric.name: metric for metric in (*_SERVER, *_REQUESTS, *_CACHE, *_GRADUATION, *_LINKS, *_GLANCE, *_IMAGES)
 }

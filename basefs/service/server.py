@@ -23,6 +23,7 @@ from basefs import errors
 from basefs.cache.fetch_services import FetchCounters
 from basefs.cache.state_db import StateDatabase
 from basefs.catalog.glance_catalog import Catalog
+from basefs.catalog.records import ImageEntry
 from basefs.concurrency.gather import first_error
 from basefs.config import Settings
 from basefs.config.listen import listen_address
@@ -37,6 +38,7 @@ from basefs.fuse.virtual_tree import HELD_PREFIX as VIRTUAL_PREFIX
 from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
 from basefs.handlers.gate import ServableGate
+from basefs.handlers.links import END_LIMIT_S as LINKS_END_LIMIT_S
 from basefs.service import last_config
 from basefs.service.arguments import Arguments, option_texts, with_fixed
 from basefs.service.cache_parts import STREAMS_MAX, build_cache
@@ -47,6 +49,7 @@ from basefs.service.inherited import open_database, open_graduated, open_lower_t
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.last_config import Loaded
+from basefs.service.linking import Linking, build_linking
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.process import outlive_keeper
 from basefs.service.session import serve_session
@@ -59,7 +62,8 @@ log = logging.getLogger(__name__)
 
 GUEST_USERS = ("libvirt-qemu", "qemu")
 STOP_LIMIT_S = 5.0
-"""How long the end of the service may take before what hangs is left behind; a keeper waits as long."""
+"""How long the end of the service may take before what hangs is left behind, volumes that are detached aside; a keeper
+waits as long."""
 
 
 class Service:
@@ -110,6 +114,13 @@ class Service:
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
         graduated = await open_graduated(self._arguments.lower_fd, self._channel, nursery, catalog)
+        linking: Linking | None = None
+
+        def forget_pages(entry: ImageEntry) -> None:
+            pages.forget(image_inode(entry.number))
+            if linking is not None:
+                linking.distrust(entry)
+
         cache = await build_cache(
             nursery,
             source,
@@ -117,15 +128,17 @@ class Service:
             counters,
             settings,
             outage=self._access.endpoints.outage,
-            forget_pages=lambda entry: pages.forget(image_inode(entry.number)),
+            forget_pages=forget_pages,
             is_first=is_first,
             graduated=graduated,
         )
         handler = cache.handler
+        linking = build_linking(self._loaded, settings, catalog, cache, self._access, self._channel, database, nursery)
+        links = linking.links
         integrity = Integrity(catalog, handler, cache.uses, database, settings)
         gate = ServableGate(
             source,
-            handler,
+            linking.handler,
             nursery,
             catalog.touch,
             view=settings.view,
@@ -133,6 +146,7 @@ class Service:
             header_bytes=settings.chunk_bytes,
             require_verified=settings.require_verified,
             is_in_use=lambda entry: bool(cache.uses.why_in_use(entry)),
+            find_volume=links.steps.find if links and settings.template_image_handler == "volume-linking" else None,
         )
         view = View(
             catalog,
@@ -147,13 +161,21 @@ class Service:
             counters=counters,
             integrity=integrity,
             cache=cache,
+            linking=linking,
         )
         opens = await open_open_table(self._channel)
-        images = ImageFiles(catalog, gate, handler, self._file_settings(), nursery, opens, stored=database.stored)
+        images = ImageFiles(
+            catalog, gate, linking.handler, self._file_settings(), nursery, opens, stored=database.stored
+        )
+        await linking.begin()
         nursery.start_soon(images.remove_left_over)
-        graduator = build_graduator(nursery, handler, graduated, images, database, settings)
+        graduator = build_graduator(nursery, handler, graduated, images, settings, stored=linking.stored_by(database))
         nursery.start_soon(graduator.tidy_up, catalog.entries)
-        hydrator = build_hydrator(cache, catalog, gate, settings, self._access.endpoints.outage, graduation=graduator)
+        outage = self._access.endpoints.outage
+        hydrator = build_hydrator(
+            cache, catalog, gate, settings, outage, graduation=graduator, is_linked=linking.is_linked
+        )
+        linking.wakes(hydrator.wake, cache)
         view.drains = Drain(catalog, cache.uses, graduator, nursery, complete=hydrator.complete)
         virtual = VirtualTree(catalog, images, view.status, view.report, self._channel)
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
@@ -173,6 +195,7 @@ class Service:
                 cache=cache,
                 integrity=integrity,
                 graduator=graduator,
+                linking=linking,
                 is_serving=lambda: view.state == "serving",
             )
         )
@@ -198,7 +221,11 @@ class Service:
         finally:
             listener.close()
         view.state = "stopping"
-        _end_by(STOP_LIMIT_S)
+        if links is not None and links.has_some and not self._channel.is_stopped:
+            _end_by(LINKS_END_LIMIT_S + STOP_LIMIT_S)
+            await links.close()
+        else:
+            _end_by(STOP_LIMIT_S)
         await graduator.stop()  # it has images open
         await handler.close()
         await self._channel.flush()

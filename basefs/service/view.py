@@ -15,12 +15,15 @@ from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.control.api import PROGRESS_INTERVAL_S
 from basefs.fuse.operations import Operations
+from basefs.handlers.base import LinkState
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
+from basefs.handlers.links import Links
 from basefs.handlers.report import image_report, map_note
 from basefs.service.cache_parts import CacheParts
 from basefs.service.drain import Drain
 from basefs.service.integrity import Integrity
+from basefs.service.linking import Linking
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
 
@@ -43,6 +46,7 @@ class View:
         counters: FetchCounters,
         integrity: Integrity,
         cache: CacheParts,
+        linking: Linking,
     ) -> None:
         self._catalog = catalog
         self._gate = gate
@@ -56,6 +60,7 @@ class View:
         self._counters = counters
         self._integrity = integrity
         self._cache = cache
+        self._linking = linking
         self._started_at = trio.current_time()
         self.operations: Operations | None = None
         self.drains: Drain | None = None
@@ -72,7 +77,7 @@ class View:
             "keeper_pid": self._keeper_pid,
             "server_pid": os.getpid(),
             "uptime_s": math.floor(trio.current_time() - self._started_at),
-            "handler": self._handler.name,
+            "handler": self._linking.handler.name,
             "view": self._view,
             "images": len(entries),
             "images_refused": refused,
@@ -82,6 +87,7 @@ class View:
             "images_hydrating": self._handler.warmer.hydrating,
             "images_verified": sum(1 for entry in entries if entry.local.whole == "verified"),
             "images_quarantined": sum(1 for entry in entries if entry.local.whole == "quarantined"),
+            **self._linking.status(),
             "hydrated_bytes": self._counters.hydrated_bytes,
             "open_handles": sum(self._handler.open_handles(entry) for entry in entries),
             "fetched_bytes": self._source.received_bytes,
@@ -119,7 +125,7 @@ class View:
 
     def report(self, entry: ImageEntry) -> dict[str, Any]:
         """Everything about one image."""
-        return image_report(entry, self._gate, self._handler, self._cache.uses, self._view)
+        return image_report(entry, self._gate, self._linking.handler, self._cache.uses, self._view)
 
     async def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
         """See `ServiceView.warm`."""
@@ -127,6 +133,13 @@ class View:
         if entry.local.is_graduated:  # all of it is here, and nova's own
             yield self._progress(entry) | {"cached_bytes": entry.size, "state": "complete"}
             return
+        if (links := self._linking.links) is not None:
+            links.want(entry)
+            while (link := await _settled(links, entry)) is None:
+                yield self._progress(entry)
+            if link == "linked":
+                yield self._progress(entry) | {"state": "linked"}
+                return
         async with self._handler.warmer.hold(entry) as warming:
             while not warming.done.is_set():
                 yield self._progress(entry)
@@ -141,7 +154,7 @@ class View:
         """See `ServiceView.start_warm`."""
         entry = await self._warmable(ref)
         if not entry.local.is_graduated:
-            self._handler.warmer.keep(entry)
+            self._linking.bring(entry, lambda: self._handler.warmer.keep(entry))
         return self._progress(entry)
 
     async def _warmable(self, ref: str) -> ImageEntry:
@@ -178,7 +191,7 @@ class View:
         return {
             "image_id": entry.image_id,
             **{key: report[key] for key in ("name", "base_name", "state")},
-            "note": map_note(entry, refused_reason=report["refused_reason"]),
+            "note": map_note(entry, refused_reason=report["refused_reason"], state=report["state"]),
             "taken_at": int(time.time()),
             **cells.report(),
         }
@@ -196,7 +209,16 @@ class View:
         if not handles:
             entry.local.used_at_ns = entry.local.mtime_ns = entry.local.atime_ns = None
             entry.local.is_wanted = False
-        return {"image_id": entry.image_id, "evicted_bytes": await self._handler.remove_image(entry)}
+        return {"image_id": entry.image_id, "evicted_bytes": await self._linking.handler.remove_image(entry)}
+
+    async def detach(self, ref: str, *, force: bool) -> dict[str, Any]:
+        """See `ServiceView.detach`."""
+        entry = self._catalog.find(ref)
+        if self._linking.links is None:
+            raise errors.ControlError(f"image {entry.image_id} is not linked: template_image_handler is downloading")
+        was = await self._linking.links.detach(entry, force=force)
+        volume_id = None if was.record is None else was.record.attached_volume_id
+        return {"image_id": entry.image_id, "volume_id": volume_id}
 
     def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
         """See `ServiceView.pin`."""
@@ -205,3 +227,10 @@ class View:
         self._catalog.touch(entry)
         self._handler.uses_changed()
         return {"image_id": entry.image_id, "pinned": pinned}
+
+
+async def _settled(links: Links, entry: ImageEntry) -> LinkState | None:
+    """How the image stands to its volume; None if that is not decided in PROGRESS_INTERVAL_S."""
+    with trio.move_on_after(PROGRESS_INTERVAL_S):
+        return await links.wait_settled(entry)
+    return None

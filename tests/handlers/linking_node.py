@@ -1,7 +1,6 @@
 """A node in memory whose images may be linked: Cinder, Glance, keeper and overlays are in memory, too."""
 
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +115,7 @@ class LinkingNode:
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when the condition holds, which is looked at every 20 s of the mock clock."""
         with trio.fail_after(6000):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 (of the mock clock)
                 await trio.sleep(20)
 
     async def until_state(self, entry: ImageEntry, state: str) -> None:

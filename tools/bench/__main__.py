@@ -6,13 +6,27 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import boot, cached, graduated, guest_boot, hydrate, link, nova_boot, qcow2, restart, scale, verify
+from tools.bench import (
+    boot,
+    cached,
+    graduated,
+    guest_boot,
+    hydrate,
+    link,
+    linked,
+    nova_boot,
+    qcow2,
+    restart,
+    scale,
+    verify,
+)
 from tools.bench.report import Report
 from tools.mount import ROOT
 
 PARTS: dict[str, Callable[[Report, Path], None]] = {
     "boot": boot.run,
     "link": link.run,
+    "linked": linked.run,
     "cached": cached.run,
     "qcow2": qcow2.run,
     "guest": guest_boot.run,

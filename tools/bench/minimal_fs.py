@@ -21,7 +21,7 @@ class OneFile(pyfuse3.Operations):
     def __init__(self, image: str) -> None:
         super().__init__()
         self.fd = os.open(image, os.O_RDONLY)
-        self.size = os.fstat(self.fd).st_size
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)  # a block device's, too
 
     async def getattr(self, inode: int, ctx: object = None) -> pyfuse3.EntryAttributes:  # noqa: ARG002
         entry = pyfuse3.EntryAttributes()

@@ -89,7 +89,9 @@ class Cinder:
         return stores + templates.GLANCE_BRICK.format(d=d, venv=self._venv)
 
     def make_types(self, api: CinderApi) -> None:
-        """Make the volume types, one for each store."""
+        """Make the volume types, one for each store, and lift the quotas, 10 volumes, that a new database has."""
+        limits = dict.fromkeys(("volumes", "gigabytes", "snapshots"), -1)
+        api.call("PUT", "/os-quota-class-sets/default", {"quota_class_set": limits})
         for store in self.stores:
             backend, is_multiattach = _TYPES[store]
             multiattach = {"multiattach": "<is> True"} if is_multiattach else {}

@@ -15,9 +15,6 @@ default_volume_type = multi
 image_conversion_dir = {d}/cinder/conversion
 volume_clear = none
 allowed_direct_url_schemes = cinder
-quota_volumes = -1
-quota_snapshots = -1
-quota_gigabytes = -1
 # Service.service_id is a class attribute: in one process every heartbeat is the last service's, and the others would be
 # down after this time.
 service_down_time = 100000000

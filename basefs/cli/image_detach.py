@@ -1,0 +1,23 @@
+"""`basefs image detach`: take an image from its volume."""
+
+import argparse
+
+from basefs.cli.common import BasefsCommand
+
+
+class ImageDetach(BasefsCommand):
+    """Detach the volume that an image is read from; it is linked again when it is opened next."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """See cliff."""
+        parser = super().get_parser(prog_name)
+        parser.add_argument("ref", metavar="IMAGE", help="image id, name in _base, or unique image name")
+        parser.add_argument(
+            "--force", action="store_true", help="also while the image is in use; it is read through Glance then"
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        """Returns when the volume is detached."""
+        answer = self.client().detach(parsed_args.ref, force=parsed_args.force)
+        self.app.stdout.write(f"detached volume {answer['volume_id']} of image {answer['image_id']}\n")
