@@ -39,6 +39,7 @@ class Doctor(BasefsCommand, Lister):
         yield from check_host.check_directories(settings)
         yield from check_mount.check_mount(settings)
 
-        from basefs.cli import check_glance
+        from basefs.cli import check_glance, check_volumes
 
         yield from check_glance.check_glance(conf)
+        yield from check_volumes.check_volumes(conf, settings)

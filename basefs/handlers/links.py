@@ -215,6 +215,9 @@ class Links:
                 failures += 1
                 log.debug("not known what this host has attached: %s", exc)
                 await trio.sleep(backoff_s(failures, base_s=10.0, cap_s=600.0, jitter=0.5))
+            except Exception:  # no bug in linking may end the server that guests read from
+                log.exception("bug in the look for what this host has attached")
+                return
             else:
                 return
 

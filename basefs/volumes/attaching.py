@@ -12,9 +12,8 @@ import trio
 
 from basefs import errors
 from basefs.core.link_record import LinkRecord
-from basefs.volumes.base import AttachedVolume, FoundVolume, ImageFacts, Note
+from basefs.volumes.base import AttachedVolume, FoundVolume, ImageFacts, Note, VolumeBytes
 from basefs.volumes.brick import Brick, Device, Helper
-from basefs.volumes.bytes import FdVolumeBytes
 from basefs.volumes.cinder import Cinder
 from basefs.volumes.connection import sealed_connection
 from basefs.volumes.removing import HOST_KEY, IMAGE_KEY, TAG_KEY, Remover, tag_of
@@ -114,7 +113,7 @@ class Attacher:
 
     async def _connect(
         self, helper: Helper, connection_info: Mapping[str, Any], image: ImageFacts, way: "_Way"
-    ) -> FdVolumeBytes:
+    ) -> VolumeBytes:
         if connection_info.get("encrypted"):
             raise errors.NoVolumeError(f"volume {way.record.attached_volume_id} is encrypted")
         # Known to the undoing from before it is made: it may fail half-way.
@@ -122,7 +121,7 @@ class Attacher:
         assert way.connection_fd is not None
         device = await helper.connect(way.connection_fd, self._deadline_s)
         way.knows_connection(device.connection_fd)
-        opened = _opened(device, image)
+        opened = _fitting(device, image)
         way.record = replace(way.record, connector=str(connection_info.get("driver_volume_type")), device=device.path)
         return opened
 
@@ -222,13 +221,9 @@ def _limit(what: str, limit_s: float) -> Iterator[None]:
         raise errors.VolumeError(f"{what} within {limit_s:g} s") from None
 
 
-def _opened(device: Device, image: ImageFacts) -> FdVolumeBytes:
-    try:
-        opened = FdVolumeBytes(device.fd)
-    except BaseException:
-        os.close(device.fd)
-        raise
-    if opened.size < image.size:
-        opened.close()
-        raise errors.NoVolumeError(f"{device.path} has {opened.size} bytes, less than the image's {image.size}")
-    return opened
+def _fitting(device: Device, image: ImageFacts) -> VolumeBytes:
+    size = device.bytes.size
+    if size < image.size:
+        device.bytes.close()
+        raise errors.NoVolumeError(f"what was attached has {size} bytes, less than the image's {image.size}")
+    return device.bytes

@@ -22,7 +22,10 @@ import trio
 from oslo_utils import strutils
 
 from basefs import errors
+from basefs.volumes.base import VolumeBytes
+from basefs.volumes.bytes import FdVolumeBytes
 from basefs.volumes.connection import read_connection, sealed_connection
+from basefs.volumes.served import STREAMS, ServedVolumeBytes
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +45,10 @@ HELPER_COMMAND = (sys.executable, "-P", "-m", "basefs.volumes.helper")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What os-brick connected, opened O_RDONLY; both fds are the caller's. `connection_fd`: see `sealed_connection`."""
+    """What os-brick connected, opened read-only; it and the fd are the caller's. `path`: None, where there is none."""
 
-    path: str
-    fd: int
+    path: str | None
+    bytes: VolumeBytes
     connection_fd: int
 
 
@@ -58,6 +61,8 @@ class Helper:
         self._is_multipath = is_multipath
         self.idle = trio.CancelScope()
         """Around its time without work."""
+        self.is_serving = False
+        """It has a volume open for good, and ends when that is let go."""
 
     async def properties(self, *, host: str, towards: str) -> dict[str, Any]:
         """What Cinder has to know of this host. `towards`: a host name; our address on the way there is told.
@@ -65,7 +70,7 @@ class Helper:
         Raises:
             VolumeError: os-brick failed, or did not answer in time.
         """
-        answer, _fd = await self._ask({"do": "properties", "host": host, "towards": towards}, None, PROPERTIES_LIMIT_S)
+        answer, _fds = await self._ask({"do": "properties", "host": host, "towards": towards}, None, PROPERTIES_LIMIT_S)
         return dict(answer["properties"])
 
     async def connect(self, connection_fd: int, limit_s: float) -> Device:
@@ -75,16 +80,27 @@ class Helper:
             NoVolumeError: it was connected, and is of a kind that cannot be linked; it is disconnected.
             VolumeError: os-brick failed, or did not answer in time.
         """
-        answer, fd = await self._ask({"do": "connect"}, connection_fd, limit_s)
-        if fd is None:
-            raise errors.VolumeError("os-brick's helper sent no device")
+        answer, fds = await self._ask({"do": "connect"}, connection_fd, limit_s)
+        opened = self._bytes_of(answer, fds)
         try:
             connection_info, _none = read_connection(connection_fd)
             sealed = sealed_connection(connection_info, answer["device_info"])
         except BaseException:
-            os.close(fd)
+            opened.close()
             raise
-        return Device(path=str(answer["device"]), fd=fd, connection_fd=sealed)
+        return Device(path=answer["device"], bytes=opened, connection_fd=sealed)
+
+    def _bytes_of(self, answer: Mapping[str, Any], fds: list[int]) -> VolumeBytes:
+        if len(fds) == STREAMS:
+            self.is_serving = True
+            return ServedVolumeBytes([socket.socket(fileno=fd) for fd in fds], answer["size"], self.let_go)
+        if len(fds) != 1:
+            raise errors.VolumeError("os-brick's helper sent no device")
+        try:
+            return FdVolumeBytes(fds[0])
+        except BaseException:
+            os.close(fds[0])
+            raise
 
     async def disconnect(self, connection_fd: int, *, may_be_shared: bool) -> list[str]:
         """Disconnect the volume from this host; who else uses its device, for whose sake it was left connected.
@@ -97,12 +113,12 @@ class Helper:
             VolumeError: os-brick failed, or did not answer in time.
         """
         request = {"do": "disconnect", "may_be_shared": may_be_shared}
-        answer, _fd = await self._ask(request, connection_fd, DISCONNECT_LIMIT_S)
+        answer, _fds = await self._ask(request, connection_fd, DISCONNECT_LIMIT_S)
         return list(answer.get("users", []))
 
     async def _ask(
         self, request: Mapping[str, Any], connection_fd: int | None, limit_s: float
-    ) -> tuple[dict[str, Any], int | None]:
+    ) -> tuple[dict[str, Any], list[int]]:
         what = f"os-brick, {request['do']}"
         rights = [] if connection_fd is None else [connection_fd]
         data = json.dumps({**request, "multipath": self._is_multipath}).encode()
@@ -111,7 +127,7 @@ class Helper:
             socket.send_fds(self._socket, [data], rights)
             with trio.fail_after(limit_s):
                 await trio.lowlevel.wait_readable(self._socket)
-            reply, fds, _flags, _address = socket.recv_fds(self._socket, ANSWER_BYTES_MAX, 1)
+            reply, fds, _flags, _address = socket.recv_fds(self._socket, ANSWER_BYTES_MAX, STREAMS)
             for fd in fds:
                 os.set_inheritable(fd, False)  # the flag of recv_fds that does it is not heeded by Python 3.11
         except trio.TooSlowError:
@@ -119,11 +135,15 @@ class Helper:
         except OSError as exc:
             raise errors.VolumeError(f"{what}: the helper process ended ({exc.strerror})") from exc
         try:
-            return _understood(reply, what), fds[0] if fds else None
+            return _understood(reply, what), fds
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
+
+    def let_go(self) -> None:
+        """Have it end by itself, soon. Also for threads."""
+        self._socket.close()
 
     async def end(self) -> None:
         """Kill it, with the commands that it started. Cancellation: never; bounded."""
@@ -183,6 +203,9 @@ class Brick:
             except BaseException:
                 await helper.end()
                 raise
+            if helper.is_serving:
+                self._nursery.start_soon(_outlast, helper)
+                return
             helper.idle = trio.CancelScope()
             self._idle.append(helper)
             self._nursery.start_soon(self._keep, helper, helper.idle)
@@ -230,6 +253,14 @@ class Brick:
         assert process.stderr is not None
         self._nursery.start_soon(_log_lines, process.stderr, process.pid)
         return Helper(process, server_end, is_multipath=self._is_multipath)
+
+
+async def _outlast(helper: Helper) -> None:
+    """Ends when the helper does; it goes with the service."""
+    try:
+        await helper.process.wait()
+    finally:
+        await helper.end()
 
 
 async def _log_lines(stream: trio.abc.ReceiveStream, pid: int) -> None:

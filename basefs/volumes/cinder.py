@@ -136,6 +136,10 @@ class Cinder:
         """The host of Cinder's endpoint: on the way there the storage finds us, too."""
         return await self._call("endpoint", self._host_name)
 
+    async def roles(self) -> tuple[str, ...]:
+        """Our roles in our project; none where the auth plugin does not know them."""
+        return await self._call("who are we", self._roles)
+
     # --- in threads -----------------------------------------------------------------------------------
 
     async def _call(self, what: str, fn: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -196,6 +200,10 @@ class Cinder:
 
     def _delete_attachment(self, attachment_id: str) -> None:
         self._client().attachments.delete(attachment_id)
+
+    def _roles(self) -> tuple[str, ...]:
+        get_access = getattr(self._session.auth, "get_access", None)
+        return tuple(get_access(self._session).role_names or ()) if get_access else ()
 
     def _host_name(self) -> str:
         where = {key: value for key, value in self._where.items() if key != "endpoint_override"}

@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from basefs import errors
 from basefs.core.safe_text import safe_text
 from basefs.volumes.connection import read_connection
+from basefs.volumes.served import serve
 
 if TYPE_CHECKING:
     from os_brick.initiator.initiator_connector import InitiatorConnector
@@ -59,11 +61,11 @@ def main() -> None:
                 return
             for received in fds:
                 os.set_inheritable(received, False)
-            answer, fd = _answer(json.loads(data), fds[0] if fds else None)
+            answer, given = _answer(json.loads(data), fds[0] if fds else None)
             for received in fds:
                 os.close(received)
-            socket.send_fds(server, [json.dumps(answer, default=str).encode()], [] if fd is None else [fd])
-            if fd is not None:
+            socket.send_fds(server, [json.dumps(answer, default=str).encode()], given)
+            for fd in given:
                 os.close(fd)
 
 
@@ -84,6 +86,7 @@ def _set_up(lock_path: str) -> None:
     from oslo_config import cfg
 
     os.makedirs(lock_path, exist_ok=True)
+    tempfile.tempdir = lock_path  # of os-brick's ceph.conf, which has a key
     cfg.CONF([], project="basefs", default_config_files=[], default_config_dirs=[])
     lockutils.set_defaults(lock_path)
     os_brick.setup(cfg.CONF)
@@ -92,22 +95,23 @@ def _set_up(lock_path: str) -> None:
         context.set_client_mode(False)
 
 
-def _answer(request: dict[str, Any], connection_fd: int | None) -> tuple[dict[str, Any], int | None]:
+def _answer(request: dict[str, Any], connection_fd: int | None) -> tuple[dict[str, Any], list[int]]:
+    """The answer, and the fds that go with it."""
     try:
         if request["do"] == "properties":
-            return {"properties": _properties(request)}, None
+            return {"properties": _properties(request)}, []
         assert connection_fd is not None
         connection_info, device_info = read_connection(connection_fd)
         connector = _connector(connection_info, is_multipath=request["multipath"])
         if request["do"] == "connect":
             return _connect(connector, connection_info)
         assert request["do"] == "disconnect"
-        return _disconnect(connector, connection_info, device_info, may_be_shared=request["may_be_shared"]), None
+        return _disconnect(connector, connection_info, device_info, may_be_shared=request["may_be_shared"]), []
     except _RefusedError as exc:
-        return {"refused": str(exc)}, None
+        return {"refused": str(exc)}, []
     except Exception as exc:  # noqa: BLE001  whatever os-brick and its commands raise is the answer
         text = str(exc).partition("Traceback (")[0]  # os-brick's own exceptions may hold one
-        return {"error": f"{type(exc).__name__}: {safe_text(text)}"}, None
+        return {"error": f"{type(exc).__name__}: {safe_text(text)}"}, []
 
 
 def _properties(request: dict[str, Any]) -> dict[str, Any]:
@@ -138,20 +142,35 @@ def _connector(connection_info: dict[str, Any], *, is_multipath: bool) -> "Initi
     return InitiatorConnector.factory(kind, "", use_multipath=is_multipath, conn=connection_info)
 
 
-def _connect(connector: "InitiatorConnector", connection_info: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+def _connect(connector: "InitiatorConnector", connection_info: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     device_info = connector.connect_volume(connection_info)
     try:
         path = device_info["path"]
-        fd = _opened(path.decode() if isinstance(path, bytes) else path, connection_info)
+        if hasattr(path, "read"):
+            return _served(path)
+        fd = _opened(os.fsdecode(path), connection_info)
     except BaseException:
         connector.disconnect_volume(connection_info, device_info)
         raise
-    return {"device": os.fsdecode(path), "device_info": {**device_info, "path": os.fsdecode(path)}}, fd
+    return {"device": os.fsdecode(path), "device_info": {**device_info, "path": os.fsdecode(path)}}, [fd]
 
 
-def _opened(path: object, connection_info: dict[str, Any]) -> int:
-    if not isinstance(path, str):
-        raise _RefusedError(f"{connection_info['driver_volume_type']} gives no device, but an object of a library")
+def _served(volume: Any) -> tuple[dict[str, Any], list[int]]:  # noqa: ANN401  os-brick has no types
+    """The volume is open in this process from here, until it ends."""
+    conf = getattr(volume, "rbd_conf", None)
+    if conf:
+        # It has the key of the cluster, and librados has read it.
+        os.unlink(conf)
+    streams, size = serve(volume)
+    _kept.append(volume)
+    return {"device": None, "device_info": None, "size": size}, [stream.detach() for stream in streams]
+
+
+_kept: list[Any] = []
+"""What would close its volume when it is collected."""
+
+
+def _opened(path: str, connection_info: dict[str, Any]) -> int:
     # Whatever Cinder says of the access mode: it says "rw" of attachments in mode "ro", too.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     mode, kind = os.fstat(fd).st_mode, connection_info.get("format")
@@ -172,7 +191,9 @@ def _disconnect(
     may_be_shared: bool,
 ) -> dict[str, Any]:
     """`may_be_shared`: the volume has attachments that are not ours, so the device may be somebody else's, too."""
-    if connection_info["driver_volume_type"] in NO_DISCONNECT:
+    # Without a device librbd has it open, in a process that has ended.
+    is_served = connection_info["driver_volume_type"] == "rbd" and not (device_info or {}).get("path")
+    if is_served or connection_info["driver_volume_type"] in NO_DISCONNECT:
         return {"disconnected": True}
     users = _users_of((device_info or {}).get("path"))
     for _try in range(USERS_LOOKS):
