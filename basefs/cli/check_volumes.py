@@ -98,11 +98,10 @@ async def _an_image(links: CinderVolumeLinks, access: GlanceAccess, trouble: Cal
             except NoVolumeError as exc:
                 reason = f"image {facts.image_id}: {exc}"
                 continue
-            how = "attached" if found.is_multiattach else "cloned, for its type is not multiattach,"
-            return ok(
-                "volumes", f"image {facts.image_id} has the volume {found.volume_id}, which is {how} when it is used"
-            )
+            how = "attached" if found.is_multiattach else "cloned (its type is not multiattach)"
+            return ok("volumes", f"image {facts.image_id}: volume {found.volume_id} is {how} when the image is used")
     except BasefsError as exc:
         return trouble("volumes", f"{exc}: {_DOWNLOADED}")
     advice = "Glance tells locations to admin and the role service, or with show_multiple_locations"
-    return ok("volumes", f"none found: {_DOWNLOADED} ({reason}; {advice})")
+    looked_at = f"none found behind {min(len(images), IMAGES_MAX)} of {len(images)} images"
+    return ok("volumes", f"{looked_at}: {_DOWNLOADED} ({reason}; {advice})")

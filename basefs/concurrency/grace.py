@@ -29,7 +29,5 @@ async def with_grace(call: Callable[[], Awaitable[T]], grace_s: float) -> T:
         with kept:
             result = await outcome.acapture(call)
         nursery.cancel_scope.cancel()
-    if kept.cancelled_caught:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        raise AssertionError("only a cancellation sets the deadline")
+    # After the grace it is Cancelled, for whoever was cancelled before.
     return result.unwrap()

@@ -38,7 +38,7 @@ class Notes:
 
     @property
     def last(self) -> LinkRecord | None:
-        return self.records[-1]
+        return self.records[-1] if self.records else None
 
 
 class World(Protocol):

@@ -47,7 +47,7 @@ def front(cinder_rig):
 def world(cinder_rig, front, tmp_path, behaviour, monkeypatch):
     # What may be ours is ours at once; the other way is tried in a test of its own.
     monkeypatch.setattr(removing, "LOST_AFTER_S", 0.0)
-    monkeypatch.setattr(cinder, "GRACE_S", 0.5)
+    monkeypatch.setattr(cinder, "GRACE_S", 30.0)
     made = RealWorld(cinder_rig, tmp_path, cinder_rig.conf_lines().replace(cinder_rig.cinder_url, f"{front.url}/v3"))
     made.helper_command = behaviour.command
     yield made
@@ -111,12 +111,23 @@ async def test_whatever_cinder_answers_to_a_step_nothing_is_left(world, front, l
             assert_clean(world, note, case)
 
 
+async def test_a_clone_that_is_refused_while_glance_reads_the_volume_is_asked_for_again(world, front, links):
+    image, note = world.image(DATA, is_multiattach=False), Notes()
+    found = await links.find(image)
+    rule = front.on("/volumes", "POST").respond(answers.status(400), times=2)
+    rule.is_instead = True
+    await attach_and_detach(links, found, image, note)
+    assert rule.hits == 2
+    assert_clean(world, note, "refused twice")
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/attachments"), ("PUT", "/attachments/"), ("POST", "/action")])
-async def test_a_step_that_hangs_ends_with_the_deadline(world, front, impatient, method, path):
+async def test_a_step_that_hangs_ends_with_the_deadline(world, front, impatient, monkeypatch, method, path):
+    monkeypatch.setattr(cinder, "GRACE_S", 0.2)
     links = impatient
     image, note = world.image(DATA), Notes()
     found = await links.find(image)
-    front.on(path, method).respond(answers.hang(threading.Event()), times=1)
+    front.on(path, method).respond(answers.hang(threading.Event()), times=1).instead()
     with pytest.raises(errors.VolumeError, match="is not attached within 1 s"):
         await links.attach(image, found, note)
     await settle(links, note)
@@ -185,13 +196,16 @@ async def test_an_attachment_that_another_host_is_making_is_waited_for(world, im
 
 @pytest.mark.parametrize("word", ["die", "error", "hang", "late", "garbage", "unasked"])
 @pytest.mark.parametrize("kind", ["properties", "connect", "disconnect"])
-async def test_whatever_the_helper_does_nothing_is_left(world, impatient, behaviour, monkeypatch, kind, word):
-    monkeypatch.setattr("basefs.volumes.brick.DISCONNECT_LIMIT_S", 0.3)
-    monkeypatch.setattr("basefs.volumes.brick.PROPERTIES_LIMIT_S", 0.3)
-    image, note, links = world.image(DATA), Notes(), impatient
+async def test_whatever_the_helper_does_nothing_is_left(world, links, impatient, behaviour, monkeypatch, kind, word):
+    image, note = world.image(DATA), Notes()
+    if (kind, word) in (("connect", "hang"), ("connect", "late")):
+        links = impatient
     found = await links.find(image)
     behaviour.is_to(**{kind: word})
-    with contextlib.suppress(errors.VolumeError):
+    with contextlib.suppress(errors.VolumeError), monkeypatch.context() as patched:
+        if word in ("hang", "late"):
+            patched.setattr("basefs.volumes.brick.DISCONNECT_LIMIT_S", 0.5)
+            patched.setattr("basefs.volumes.brick.PROPERTIES_LIMIT_S", 0.5)
         await attach_and_detach(links, found, image, note)
     behaviour.is_to()
     await settle(links, note)
