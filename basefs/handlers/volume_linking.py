@@ -37,8 +37,8 @@ class VolumeLinkingTemplateImageHandler(TemplateImageHandler):
 
     def opened(self, entry: ImageEntry, image: PreparedImage) -> None:
         """See the base class. The image begins to be linked, if it is not."""
-        self.links.want(entry)
         self._downloading.opened(entry, image)
+        self.links.want(entry)  # now that it is in use, which with detach_idle_s = 0 is all that keeps it
 
     async def released(self, entry: ImageEntry) -> None:
         """See the base class."""
@@ -68,8 +68,8 @@ class VolumeLinkingTemplateImageHandler(TemplateImageHandler):
 
     def warm(self, entry: ImageEntry) -> None:
         """See the base class. A linked image is not brought, and stays linked until it is removed."""
-        self.links.want(entry)
         self._downloading.warm(entry)
+        self.links.want(entry)
 
     def is_warming(self, entry: ImageEntry) -> bool:
         """See the base class."""

@@ -16,6 +16,7 @@ from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.control.api import PROGRESS_INTERVAL_S
 from basefs.fuse.operations import Operations
+from basefs.handlers.base import LinkState
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.links import Links
@@ -136,10 +137,12 @@ class View:
             yield self._progress(entry) | {"cached_bytes": entry.size, "state": "complete"}
             return
         if (links := self._linking.links) is not None:
-            async for state in self._link(links, entry):
-                yield self._progress(entry) | {"state": state}
-                if state == "linked":
-                    return
+            links.want(entry)
+            while (link := await _settled(links, entry)) is None:
+                yield self._progress(entry)
+            if link == "linked":
+                yield self._progress(entry) | {"state": "linked"}
+                return
         async with self._handler.warmer.hold(entry) as warming:
             while not warming.done.is_set():
                 yield self._progress(entry)
@@ -178,16 +181,6 @@ class View:
         if not entry.local.is_graduated:
             self._linking.bring(entry, lambda: self._handler.warmer.keep(entry))
         return self._progress(entry)
-
-    async def _link(self, links: Links, entry: ImageEntry) -> AsyncGenerator[str, None]:
-        """Have the image linked if it has a volume: `linking` again and again, and `linked` if it is in the end."""
-        links.want(entry)
-        while True:
-            with trio.move_on_after(PROGRESS_INTERVAL_S):
-                if await links.wait_settled(entry) == "linked":
-                    yield "linked"
-                return
-            yield "linking"
 
     async def _warmable(self, ref: str) -> ImageEntry:
         entry = self._catalog.find(ref)
@@ -259,3 +252,10 @@ class View:
         self._catalog.touch(entry)
         self._handler.uses_changed()
         return {"image_id": entry.image_id, "pinned": pinned}
+
+
+async def _settled(links: Links, entry: ImageEntry) -> LinkState | None:
+    """How the image stands to its volume; None if that is not decided in PROGRESS_INTERVAL_S."""
+    with trio.move_on_after(PROGRESS_INTERVAL_S):
+        return await links.wait_settled(entry)
+    return None

@@ -14,7 +14,7 @@ from basefs import errors
 from basefs.core.link_record import LinkRecord
 from basefs.volumes.base import AttachedVolume, FoundVolume, ImageFacts, Note, VolumeBytes
 from basefs.volumes.brick import Brick, Device, Helper
-from basefs.volumes.cinder import Cinder
+from basefs.volumes.cinder import Cinder, Volume
 from basefs.volumes.connection import sealed_connection
 from basefs.volumes.removing import HOST_KEY, IMAGE_KEY, TAG_KEY, Remover, tag_of
 from basefs.volumes.statuses import GrowingPauses, wait_for_status
@@ -68,11 +68,26 @@ class Attacher:
             source = await self._cinder.volume(way.record.volume_id)
             metadata = {HOST_KEY: self._host, IMAGE_KEY: image.image_id, TAG_KEY: tag}
             name = f"basefs-{self._host}-{image.image_id}"
-            with way.doubt():
-                clone_id = await self._cinder.clone(source, name=name, metadata=metadata)
+            clone_id = await self._clone(source, name, metadata, way)
             await way.goes_to(clone_id=clone_id)
             await wait_for_status(self._cinder, clone_id, ("available",))
             await self._cinder.make_readonly(clone_id)
+
+    async def _clone(self, source: Volume, name: str, metadata: Mapping[str, str], way: "_Way") -> str:
+        """A clone of a volume that Glance is attaching to read, or detaching, is refused: it is tried again.
+
+        Readers whose bytes come through Glance meanwhile make that the rule with the first open of a cold image.
+        """
+        pauses, until = GrowingPauses(), trio.current_time() + self._deadline_s
+        while True:
+            try:
+                with way.doubt():
+                    return await self._cinder.clone(source, name=name, metadata=metadata)
+            except errors.VolumeBusyError as exc:
+                if trio.current_time() >= until:
+                    raise
+                log.debug("%s", exc)
+                await pauses.pause()
 
     async def _attach(self, image: ImageFacts, way: "_Way") -> AttachedVolume:
         volume_id = way.record.attached_volume_id

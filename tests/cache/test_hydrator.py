@@ -31,10 +31,14 @@ class HydratedNode(Node):
     """A node of `test_eviction` with a hydrator: the images in `bases` have overlays."""
 
     hydrator: Hydrator = field(init=False)
+    linked: set[int] = field(default_factory=set)
     lower: set[str] = field(default_factory=set)
     graduated: list[str] = field(default_factory=list)
     graduation_errors: list[errors.BasefsError] = field(default_factory=list)
     changed: trio.Event = field(default_factory=trio.Event)
+
+    def is_linked(self, entry: ImageEntry) -> bool:
+        return entry.number in self.linked
 
     def why_in_use(self, entry: ImageEntry) -> list[str]:
         return super().why_in_use(entry) + (["wanted"] if entry.local.is_wanted else [])
@@ -364,3 +368,14 @@ async def test_a_streamed_image_is_brought_by_one_stream(tmp_path: Path, clock: 
         node.use(entry)
         await node.wait(lambda: is_done(entry))
         assert [call[0] for call in node.source.calls] == ["stream"]
+
+
+async def test_what_is_linked_is_not_brought_until_it_is_not(tmp_path: Path, clock: trio.testing.MockClock) -> None:
+    async with hydrated_node(tmp_path) as node:
+        linked, other = (node.use(node.add(name, data_of(n))) for n, name in enumerate(("linked", "other")))
+        node.linked.add(linked.number)
+        await node.wait(lambda: is_done(other))
+        assert linked.local.cached_bytes == 0
+        node.linked.clear()
+        node.hydrator.wake()
+        await node.wait(lambda: is_done(linked))

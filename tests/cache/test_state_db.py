@@ -17,6 +17,7 @@ from basefs.cache import state_db, state_rows
 from basefs.cache.state_db import StateDatabase
 from basefs.cache.state_file import StateFile
 from basefs.catalog.records import ImageEntry, Verdict
+from basefs.core.link_record import LinkRecord
 from basefs.core.names import base_name_of
 from tests.cache.records import record
 from tests.fakes.escrow import MemoryEscrow
@@ -59,6 +60,23 @@ async def test_what_was_stored_comes_back(tmp_path):
         False,
     )
     assert b.base_name == base_name_of("b")
+
+
+async def test_what_was_begun_in_cinder_comes_back(tmp_path):
+    path = tmp_path / "state.sqlite"
+    db = await StateDatabase.open(path, numbers_from=0)
+    await db.upsert([record("a"), record("b")], {})
+    entry = ImageEntry(number=1, base_name=base_name_of("a"), record=record("a"))
+    link = LinkRecord(
+        stage="attached", volume_id="v", found_by="location", is_cloned=True, clone_tag="t", clone_id="c",
+        attachments_before=("x", "y"), attachment_id="z", connector="iscsi", device="/dev/sda",
+    )  # fmt: skip
+    entry.local.link, entry.local.no_volume = link, "it has none"
+    await db.stored(entry)
+    await db.close()
+    kept = await stored(path)
+    assert (kept["a"].local.link, kept["a"].local.no_volume) == (link, "it has none")
+    assert (kept["b"].local.link, kept["b"].local.no_volume) == (None, None)
 
 
 async def test_a_changed_record_keeps_its_number_and_its_local_state(tmp_path):

@@ -82,6 +82,12 @@ def test_evict_says_how_much_went(cli, view):
     assert "image open is open" in cli.error("image", "evict", "open")
 
 
+def test_detach_says_which_volume_went_and_why_not(cli, view):
+    assert cli.run("image", "detach", "one").stdout == "detached volume a volume of image one\n"
+    assert "image open is in use (open)" in cli.error("image", "detach", "open")
+    assert cli.run("image", "detach", "--force", "open").returncode == 0
+
+
 def test_warm_waits_until_the_image_is_complete(cli, view):
     for step in (100, SIZE):
         view.steps_send.send_nowait(step)

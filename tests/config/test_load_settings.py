@@ -112,7 +112,6 @@ def test_a_bad_value_names_file_line_and_option(config_file, option, value):
         ({"mountpoint": "relative/base"}, "must be an absolute path"),
         ({"mountpoint": "{base}/none"}, "No such file or directory"),
         ({"mountpoint": "/etc/passwd"}, "is no directory"),
-        ({"template_image_handler": "volume-linking"}, "not in this version"),
         ({"nova_user": ""}, "nova_user is empty"),
     ],
 )

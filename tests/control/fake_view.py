@@ -154,5 +154,10 @@ class FakeView:
         self.image(ref)
         return {"evicted_bytes": 4096}
 
+    async def detach(self, ref: str, *, force: bool) -> dict[str, Any]:
+        if ref == "open" and not force:
+            raise errors.ImageBusyError("image open is in use (open)")
+        return {"image_id": self.image(ref)["id"], "volume_id": "a volume"}
+
     def pin(self, ref: str, *, pinned: bool) -> dict[str, Any]:
         return {"image_id": self.image(ref)["id"], "pinned": pinned}

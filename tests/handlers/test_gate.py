@@ -1,6 +1,6 @@
 """The gate before a name: what is let through, what is refused, and what is not known now."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import get_args
 
@@ -10,7 +10,7 @@ import trio.testing
 
 from basefs import errors
 from basefs.catalog.records import ImageEntry, Verdict, WholeState
-from basefs.handlers.gate import ServableGate
+from basefs.handlers.gate import NO_VOLUME_AGAIN_S, ServableGate
 from tests.cache.conftest import IMAGE_ID, make_entry
 from tests.cache.memory_source import MemorySource
 
@@ -43,11 +43,17 @@ async def nursery() -> AsyncIterator[trio.Nursery]:
 
 
 def gate_over(
-    source: MemorySource, handler: _Handler, nursery: trio.Nursery, view: str = "raw", require_verified: bool = False
+    source: MemorySource,
+    handler: _Handler,
+    nursery: trio.Nursery,
+    view: str = "raw",
+    require_verified: bool = False,
+    find_volume: Callable[[ImageEntry], Awaitable[None]] | None = None,
 ) -> ServableGate:
     return ServableGate(
         source, handler, nursery, lambda _entry: None, view=view, verify_signatures=False, header_bytes=65536,
         require_verified=require_verified, is_in_use=lambda entry: entry.local.pinned,
+        find_volume=find_volume,
     )  # fmt: skip  # type: ignore[arg-type]
 
 
@@ -171,3 +177,52 @@ async def test_what_an_image_is_as_a_whole_hides_it_only_while_it_is_not_in_use(
     else:
         with pytest.raises(errors.ImageRefusedError, match=r"basefs image|no hash"):
             await gate.let_through(entry, deadline_s=5)
+
+
+class _Volumes:
+    """Finds a volume, or raises what it is told."""
+
+    def __init__(self) -> None:
+        self.error: errors.BasefsError | None = None
+        self.calls = 0
+
+    async def find(self, entry: ImageEntry) -> None:
+        await trio.lowlevel.checkpoint()
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+
+
+async def test_where_only_volumes_are_shown_an_image_without_one_is_refused_and_looked_at_again(
+    handler: _Handler, nursery: trio.Nursery, clock: trio.testing.MockClock
+) -> None:
+    source, entry, volumes = MemorySource({IMAGE_ID: RAW}), make_entry(len(RAW)), _Volumes()
+    gate = gate_over(source, handler, nursery, find_volume=volumes.find)
+    volumes.error = errors.NoVolumeError("it is in the file store")
+    for _ in range(2):
+        with pytest.raises(errors.ImageRefusedError, match="volume-linking: it is in the file store"):
+            await gate.let_through(entry, deadline_s=5)
+    assert (volumes.calls, source.requests) == (1, 0), "found out once, and nothing was fetched"
+    assert gate.refused_reason(entry) == "template_image_handler is volume-linking: it is in the file store"
+    entry.local.pinned = True
+    assert gate.verdict(entry).state == "unchecked", "what is in use is not hidden"
+    entry.local.pinned = False
+    other = gate_over(source, handler, nursery)
+    await other.let_through(entry, deadline_s=5)  # template_image_handler = auto
+    with pytest.raises(errors.ImageRefusedError):
+        await gate.let_through(entry, deadline_s=5)
+    volumes.error = None
+    await trio.sleep(NO_VOLUME_AGAIN_S)
+    await gate.let_through(entry, deadline_s=5)
+    assert (entry.verdict.state, entry.local.no_volume) == ("servable", "")
+
+
+async def test_where_only_volumes_are_shown_unknown_is_not_absent(handler: _Handler, nursery: trio.Nursery) -> None:
+    source, entry, volumes = MemorySource({IMAGE_ID: RAW}), make_entry(len(RAW)), _Volumes()
+    gate = gate_over(source, handler, nursery, find_volume=volumes.find)
+    volumes.error = errors.VolumeError("Cinder is away")
+    with pytest.raises(errors.SourceUnavailableError, match="Cinder is away"):
+        await gate.let_through(entry, deadline_s=5)
+    volumes.error = None
+    await gate.let_through(entry, deadline_s=5)
+    assert handler.headers == [RAW[: 1 << 20]]

@@ -31,8 +31,9 @@ def connection_fd(device):
 
 
 def helpers() -> list[int]:
-    """Children of ours, zombies too."""
-    return children_of(os.getpid())
+    """Those that are our children, dead ones that nobody waited for too; the rigs of the session are others."""
+    children = [(pid, text_of(Path(f"/proc/{pid}/cmdline"))) for pid in children_of(os.getpid())]
+    return [pid for pid, command in children if not command or "helper" in command]
 
 
 def children_of(pid: int) -> list[int]:

@@ -111,6 +111,16 @@ async def test_whatever_cinder_answers_to_a_step_nothing_is_left(world, front, l
             assert_clean(world, note, case)
 
 
+async def test_a_clone_that_is_refused_while_glance_reads_the_volume_is_asked_for_again(world, front, links):
+    image, note = world.image(DATA, is_multiattach=False), Notes()
+    found = await links.find(image)
+    rule = front.on("/volumes", "POST").respond(answers.status(400), times=2)
+    rule.is_instead = True
+    await attach_and_detach(links, found, image, note)
+    assert rule.hits == 2
+    assert_clean(world, note, "refused twice")
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/attachments"), ("PUT", "/attachments/"), ("POST", "/action")])
 async def test_a_step_that_hangs_ends_with_the_deadline(world, front, impatient, monkeypatch, method, path):
     monkeypatch.setattr(cinder, "GRACE_S", 0.2)
