@@ -41,11 +41,13 @@ def svg(results: Results) -> str:
         top += TITLE_HEIGHT + max(len(bars) for _, _, bars in row) * BAR_STEP + GAP
     width, height = GAP + COLUMNS * (PANEL_WIDTH + GAP), top + GAP
     box = f'viewBox="0 0 {width} {height:.0f}" font-family="sans-serif" font-size="11"'
+    how_often = f"medians of {results.alternations} alternations, fewer of what takes long"
+    made = f"{results.machine}, Linux {results.kernel}, {results.made_at[:10]}; {how_often}"
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {box}>',
         f'<rect width="{width}" height="{height:.0f}" fill="{PAPER}"/>',
         _text(GAP, 24, "basefs beside what else brings an image to a node", size=16, weight="bold"),
-        _text(GAP, 42, f"{results.machine}, Linux {results.kernel}, {results.made_at[:10]}; medians", color=QUIET),
+        _text(GAP, 42, made, color=QUIET),
     ]
     return "\n".join([*head, *lines, "</svg>"]) + "\n"
 
