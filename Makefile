@@ -36,11 +36,11 @@ check: setup
 guest: setup
 	@$(PYTHON) -m tools.guest build
 
-# All figures side by side in one run; `make bench-boot` and so on for one of them. The peers come last: 25 minutes.
+# All figures side by side in one run; `make bench-boot` and so on for one of them. The peers come last: half an hour.
 bench: setup peers guest
 	@$(PYTHON) -m tools.bench; code=$$?; $(PYTHON) -m tools.bench.peers $(BENCH_ARGS) && exit $$code
 
-# basefs beside what else brings an image to a node; `make bench-peers BENCH_ARGS="--alternations 1"` takes 8 minutes.
+# basefs beside what else brings an image to a node; `make bench-peers BENCH_ARGS="--alternations 1"` takes half of the half hour.
 bench-peers: peers guest
 	@$(PYTHON) -m tools.bench.peers $(BENCH_ARGS)
 

@@ -56,10 +56,10 @@ def made(kind: type[Peer], directory: Path) -> Peer:
     return kind(cast("Access", NOTHING), directory / "peer")
 
 
-def bench_of(tmp_path: Path, *peers: type[Peer], alternations: int = 3) -> Bench:
+def bench_of(tmp_path: Path, *peers: type[Peer]) -> Bench:
     return Bench(
-        site=cast("Site", None), scratch=tmp_path, peers=peers, alternations=alternations, slow_alternations=1,
-        limit_s=5.0, trace=[(0, 1)], say=lambda _: None,
+        site=cast("Site", None), scratch=tmp_path, peers=peers, alternations=3, guest_alternations=2,
+        slow_alternations=1, limit_s=5.0, trace=[(0, 1)], say=lambda _: None,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_a_disk_is_brought_once_for_all_guests_or_once_for_each(tmp_path: Path) 
 def test_who_begins_changes_and_who_was_given_up_is_not_tried_again(tmp_path: Path) -> None:
     bench = bench_of(tmp_path, Sleeper, Unshared)
     order = []
-    for alternation, kind in bench.turns(bench.peers, "work", "link"):
+    for alternation, kind in bench.turns(bench.peers, "work", "link", bench.alternations):
         order.append((alternation, kind.name))
         exceeded = (alternation, kind) == (1, Unshared)
         bench.add(
@@ -112,7 +112,7 @@ def test_who_begins_changes_and_who_was_given_up_is_not_tried_again(tmp_path: Pa
             )
         )
     assert order == [(0, "sleeper"), (0, "unshared"), (1, "unshared"), (1, "sleeper"), (2, "sleeper")]
-    assert [n for n, _ in bench.turns(bench.peers, "other", "link", is_slow=True)] == [0, 0]
+    assert [n for n, _ in bench.turns(bench.peers, "other", "link", bench.slow_alternations)] == [0, 0]
 
 
 def test_a_measurement_says_what_crossed_and_what_was_used(tmp_path: Path) -> None:

@@ -35,9 +35,8 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="make bench-peers", description=__doc__)
     parser.add_argument("--alternations", type=int, default=5, help="runs of each peer, by turns (%(default)s)")
-    parser.add_argument(
-        "--slow-alternations", type=int, help="of guests, many traces and the slow link: 3, or fewer if there are fewer"
-    )
+    parser.add_argument("--guest-alternations", type=int, help="of real guests (3, or fewer if there are fewer)")
+    parser.add_argument("--slow-alternations", type=int, default=1, help="of many traces and the slow link (1)")
     parser.add_argument("--works", default=",".join(WORKS), help="some of %(default)s")
     parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS), help="some of %(default)s")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds until a trace is given up (%(default)s)")
@@ -63,7 +62,7 @@ def run_all(bench: Bench, works: list[str]) -> None:
         work_trace.know_trace(bench)
     if "trace" in works:
         for link in LINKS:
-            work_trace.one_guest(bench, link, is_slow=link is SLOW)
+            work_trace.one_guest(bench, link, bench.slow_alternations if link is SLOW else bench.alternations)
     if "many" in works:
         for different in (False, True):
             for guests in MANY:
@@ -90,7 +89,8 @@ def measured(chosen: argparse.Namespace) -> Results:
                 scratch=scratch,
                 peers=peers,
                 alternations=chosen.alternations,
-                slow_alternations=chosen.slow_alternations or min(3, chosen.alternations),
+                guest_alternations=chosen.guest_alternations or min(3, chosen.alternations),
+                slow_alternations=chosen.slow_alternations,
                 limit_s=chosen.limit,
                 trace=replay.load_trace(),
                 say=lambda text: print(f"[{time.monotonic() - begun:5.0f} s] {text}", flush=True),

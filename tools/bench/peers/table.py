@@ -34,7 +34,7 @@ def _block(results: Results, work: str, link: str, peers: Sequence[str]) -> list
     runs = max(len(cell) for cell in cells)
     unit = next(cell[0].unit for cell in cells if cell)
     values = [_value(results, work, link, peer) for peer in peers]
-    lines = [f"{work} ({link}; {runs} runs)", _line(f"  {unit}", values)]
+    lines = [f"{work} ({link}; {runs} run{'s' * (runs > 1)})", _line(f"  {unit}", values)]
     told: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("fetched_bytes", "  MB fetched", lambda value: f"{value / MB:,.1f}"),
         ("requests", "  requests", lambda value: f"{value:,.0f}"),

@@ -28,6 +28,7 @@ class Bench:
     scratch: Path
     peers: tuple[type[Peer], ...]
     alternations: int
+    guest_alternations: int
     slow_alternations: int
     limit_s: float
     trace: Trace
@@ -35,10 +36,10 @@ class Bench:
     runs: list[Run] = field(default_factory=list)
 
     def turns(
-        self, peers: Sequence[type[Peer]], work: str, link: str, *, is_slow: bool = False
+        self, peers: Sequence[type[Peer]], work: str, link: str, alternations: int
     ) -> Iterator[tuple[int, type[Peer]]]:
         """Each peer in each alternation; who begins changes. A peer that was given up once is not tried again."""
-        for alternation in range(self.slow_alternations if is_slow else self.alternations):
+        for alternation in range(alternations):
             first = alternation % len(peers)
             for peer in [*peers[first:], *peers[:first]]:
                 if not any(

@@ -39,7 +39,7 @@ def cached_disk(bench: Bench, link: LinkSpec) -> None:
             _read_whole(bench, access, kind.name, paths[kind.name], *flags)
             subprocess.run(["cmp", str(paths[kind.name]), str(bench.site.blob.original)], check=True)
         for workload in DIRECT:
-            for alternation, kind in bench.turns(kinds, name(workload.name), link.name):
+            for alternation, kind in bench.turns(kinds, name(workload.name), link.name, bench.alternations):
                 iops, bytes_s = fio_read(
                     paths[kind.name], "--direct=1", "--time_based", f"--runtime={ROUND_S}", "--norandommap",
                     f"--size={BLOB_BYTES - (1 << 20)}", *workload.arguments,

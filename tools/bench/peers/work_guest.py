@@ -24,7 +24,7 @@ def know_trace(bench: Bench, guest: Guest) -> None:
 def one_guest(bench: Bench, link: LinkSpec, guest: Guest, kinds: Sequence[type[Peer]]) -> None:
     """Boot it from an overlay on each peer; a second one only on basefs: what others have then is a local file."""
     with Access(bench.site, link) as access:
-        for alternation, kind in bench.turns(kinds, COLD, link.name, is_slow=True):
+        for alternation, kind in bench.turns(kinds, COLD, link.name, bench.guest_alternations):
             with started(bench, kind, access) as peer:
                 for work in (COLD, WARM) if kind in WARM_ALSO else (COLD,):
                     act = functools.partial(_boot, bench, peer, guest, work)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tools.bench.peers.base import Peer
 from tools.bench.peers.link_model import LinkSpec
-from tools.bench.peers.peers import BasefsPacked
+from tools.bench.peers.peers import BasefsPacked, NovaDownload
 from tools.bench.peers.site import Access
 from tools.bench.peers.work import Bench, measure, record_trace, replay, replay_disk, started
 
@@ -22,10 +22,10 @@ def many_name(guests: int, *, different: bool) -> str:
     return f"{guests} traces, {'different disks' if different else 'one disk'}"
 
 
-def one_guest(bench: Bench, link: LinkSpec, *, is_slow: bool) -> None:
+def one_guest(bench: Bench, link: LinkSpec, alternations: int) -> None:
     """One guest, cold and warm; the bytes of each peer are compared the first time."""
     with Access(bench.site, link) as access:
-        for alternation, kind in bench.turns(bench.peers, COLD, link.name, is_slow=is_slow):
+        for alternation, kind in bench.turns(bench.peers, COLD, link.name, alternations):
             with started(bench, kind, access) as peer:
                 disk = bench.site.disks[0]
                 measure(bench, peer, access, COLD, alternation, functools.partial(replay_disk, bench, peer, disk, 0))
@@ -45,9 +45,11 @@ def know_trace(bench: Bench) -> None:
 def many_guests(bench: Bench, link: LinkSpec, guests: int, *, different: bool) -> None:
     """Guests that begin at the same moment; the value is the last one's end."""
     work = many_name(guests, different=different)
-    kinds = [kind for kind in bench.peers if kind is not BasefsPacked]
+    # nova downloads one after the other here, so different disks take it as many times as long as one.
+    left_out = (BasefsPacked, NovaDownload) if different else (BasefsPacked,)
+    kinds = [kind for kind in bench.peers if kind not in left_out]
     with Access(bench.site, link) as access:
-        for alternation, kind in bench.turns(kinds, work, link.name, is_slow=True):
+        for alternation, kind in bench.turns(kinds, work, link.name, bench.slow_alternations):
             with started(bench, kind, access) as peer:
                 measure(bench, peer, access, work, alternation, _at_once(bench, peer, guests, different=different))
 
