@@ -23,7 +23,7 @@ def wait_for_state(path: Path, *states: str, limit_s: float = LIMIT_S) -> float:
 
 
 def volume_of(path: Path) -> str:
-    """Return the volume that the image is read from."""
+    """Return the image's volume; what it is read from may be a clone of it."""
     return os.getxattr(path, "user.basefs.volume_id").decode()
 
 
