@@ -25,7 +25,7 @@ MIB = 1 << 20
 KIB = 1 << 10
 PAUSE_S = 0.002
 """Between two reads of a reader: the Cinder that is waited for needs the processors, too."""
-READS = 30
+READS = 8
 """Of each reader, before the volume is taken away or brought back once more."""
 
 
@@ -46,7 +46,7 @@ class Readers:
             with opened(self.path) as fd:
                 while not self._is_over.wait(PAUSE_S):
                     offset = choose.randrange(0, len(self._content), 4 * KIB)
-                    length = min(choose.choice((4, 64, 1024)) * KIB, len(self._content) - offset)
+                    length = min(choose.choice((4, 64, 256)) * KIB, len(self._content) - offset)
                     if pread(fd, offset, length) != self._content[offset : offset + length]:
                         self.wrong.append(f"other bytes in [{offset}, {offset + length})")
                     self.reads += 1
@@ -83,26 +83,23 @@ def disk(path: Path, size: int) -> bytes:
 def test_readers_see_the_same_bytes_while_volumes_come_and_go(
     cinder_rig: Rig, basefs_mount: MountFactory, tmp_path: Path
 ) -> None:
-    content = disk(tmp_path / "raw", 6 * MIB + 512)
+    # So large that what is read through Glance meanwhile is not all of it: what is here whole is not linked.
+    content = disk(tmp_path / "raw", 32 * MIB + 512)
     subprocess.run(
         ["qemu-img", "convert", "-c", "-O", "qcow2", tmp_path / "raw", tmp_path / "qcow2"], check=True, timeout=60
     )
     images = [
         cinder_rig.place_cinder(tmp_path / "raw", "shared"),
         cinder_rig.place_cinder(tmp_path / "qcow2", "a view of a clone", "qcow2", multiattach=False),
-        cinder_rig.place_cinder(tmp_path / "raw", "a file on nfs", multiattach=False, backend="nfs"),
     ]
     mount = basefs_mount(cinder_rig, linking_options("faults"))
     control = ControlClient(mount.directory / "control.sock", answer_deadline_s=LIMIT_S)
     with ExitStack() as held:
         all_readers = [Readers(mount.path(one), content) for one in images]
-        held.enter_context(all_readers[0].running())
         for readers in all_readers:
-            held.enter_context(open(readers.path, "rb"))
-            wait_for_state(readers.path, "linked")
-        # Not sooner: the NFS driver clones no volume that Glance is reading.
-        for readers in all_readers[1:]:
             held.enter_context(readers.running())
+        for readers in all_readers:
+            wait_for_state(readers.path, "linked")
         for image_id, readers in zip(images, all_readers, strict=True):
             readers.wait_for_reads()
             control.detach(image_id, force=True)
@@ -113,7 +110,7 @@ def test_readers_see_the_same_bytes_while_volumes_come_and_go(
         for readers in all_readers:
             wait_for_state(readers.path, "linked")
             readers.wait_for_reads()
-    assert [readers.wrong for readers in all_readers] == [[], [], []]
+    assert [readers.wrong for readers in all_readers] == [[], []]
 
 
 def attached_to(rig: Rig, image_id: str) -> list[str]:
