@@ -36,7 +36,7 @@ def test_a_guest_boots_from_the_overlay_that_nova_put_on_a_linked_image(
         assert answer.complaints == []
         assert answer.downloads == []
     assert state_of(site.path(image_id)) == "linked", "the instance's overlay needs it"
-    assert_healthy(boot(site.disk(instance), guest), guest)
+    assert_healthy(boot(site.disk(instance), guest, check=True), guest)
     assert sent_bytes(cinder_rig, image_id) <= HEADER_BYTES
 
     shutil.rmtree(site.disk(instance).parent)
