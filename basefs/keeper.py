@@ -42,6 +42,8 @@ log = logging.getLogger("basefs.keeper")
 
 KIB = 1024
 DETACHED_POLL_S = 0.5
+VOLUMES_KEY = "link-connection/"
+"""What a server holds under such keys belongs to volumes that it has to detach at its end."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PARK_SIGNAL = signal.SIGUSR1
 """Sent by the unit's ExecStop= when the stop is the first half of a restart (basefs unmount --for-systemd)."""
@@ -142,9 +144,10 @@ class Keeper:
             self._session.abandon()
             raise
         except SessionEndedError:
+            has_volumes = self._store.held.has_any(VOLUMES_KEY)
             # First: the server detaches volumes at its end, and a device that somebody holds cannot be taken away.
             self._store.clear()
-            crew.end()
+            crew.end(detaches=has_volumes)
             self._finish()
         finally:
             if self._requests is not None:

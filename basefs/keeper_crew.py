@@ -32,8 +32,8 @@ log = logging.getLogger("basefs.keeper")
 CONFIG_KEY = "config"
 """Under which a server that serves gives us the text of its configuration."""
 STANDBY_NICE = 10
-LAST_END_LIMIT_S = 25.0
-"""The last server, once the mount is gone: it detaches the volumes of images (15 s at most), then ends (5 s)."""
+DETACH_LIMIT_S = 25.0
+"""The last server, once the mount is gone, if it has volumes: it detaches them (15 s at most), then ends (5 s)."""
 TAKE_OVER_LIMIT_S = 10.0
 """What a new version has from its `begin` to `ready`, while readers wait and the old version could serve them."""
 
@@ -272,16 +272,19 @@ class Crew:
         """End all servers, the one that serves by asking it: the session waits for the next keeper's."""
         if self._active.is_ready:
             self._active.stop()
-        self.end(grace_s=END_LIMIT_S)
+        self.end(detaches=False)
 
-    def end(self, *, grace_s: float = LAST_END_LIMIT_S) -> None:
-        """Wait for the end of the server that has the session, which is over for it; kill the others."""
+    def end(self, *, detaches: bool) -> None:
+        """Wait for the end of the server that has the session, which is over for it; kill the others.
+
+        `detaches`: it has volumes to detach, which takes longer.
+        """
         upgrade = self._upgrade
         candidate = None if upgrade is None or upgrade.candidate is self._active.server else upgrade.candidate
         for server in (self._standby.server, candidate):
             if server is not None:
                 server.kill("it is not needed any more")
-        self.servers.end_all(grace_s=grace_s)
+        self.servers.end_all(grace_s=DETACH_LIMIT_S if detaches else END_LIMIT_S)
 
     def option(self, name: str, otherwise: float) -> float:
         """An option of the server that serves, as a number."""

@@ -107,6 +107,10 @@ class HeldFds:
         entry = self._entries.get(key)
         return None if entry is None else entry.fd
 
+    def has_any(self, prefix: str) -> bool:
+        """Whether something is held under a key that begins so."""
+        return any(key.startswith(prefix) for key in self._entries)
+
     def send_to(self, server: Receiver) -> None:
         """Give the server a copy of everything: `held` datagrams of at most 100 fds each, none if nothing is held."""
         before_first_send, self.before_first_send = self.before_first_send, None

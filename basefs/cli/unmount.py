@@ -16,7 +16,7 @@ from basefs.errors import MountError
 from basefs.keeper_setup import FUSECTL, lock_holder
 
 END_DEADLINE_S = 35.0
-"""A keeper gives its server 25 s and kills it then."""
+"""A keeper gives its server 5 s, with volumes to detach 25 s, and kills it then."""
 PROBE_S = 3.0
 
 

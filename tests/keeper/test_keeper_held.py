@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from basefs.handlers.link_steps import CONNECTION_PREFIX
+from basefs.keeper import VOLUMES_KEY
 from basefs.keeper_held import ENTRIES_MAX, KEY_AND_NOTE_BYTES_MAX, OTHER_FDS, HeldFds, fd_limit, raise_fd_limit
 from basefs.server_process import MESSAGE_BYTES_MAX
 
@@ -100,6 +102,16 @@ def test_what_is_dropped_is_closed_and_an_unknown_key_is_no_error(held: HeldFds)
     held.drop("a")
     assert not is_open(fd)
     assert len(held) == 0
+
+
+def test_whether_there_are_volumes_to_detach_is_told_by_the_keys(held: HeldFds) -> None:
+    assert VOLUMES_KEY == CONNECTION_PREFIX
+    held.take("linked/1", "", a_file())
+    assert not held.has_any(VOLUMES_KEY)
+    held.take(f"{CONNECTION_PREFIX}1", "", a_file())
+    assert held.has_any(VOLUMES_KEY)
+    held.drop(f"{CONNECTION_PREFIX}1")
+    assert not held.has_any(VOLUMES_KEY)
 
 
 def test_a_datagram_has_at_most_100_fds(held: HeldFds) -> None:
