@@ -18,7 +18,7 @@ demo: setup guest
 	@$(PYTHON) -m tools.demo
 
 test: setup guest
-	@$(PYTHON) -m pytest $(TEST_ARGS)
+	@tools/test $(TEST_ARGS)
 
 # Volumes on a real Ceph, with Cinder's and Glance's stock RBD drivers; not in `test`, for its packages take 20 s and 220 MB.
 ceph-test: setup

@@ -287,6 +287,7 @@ async def test_kill_9_loses_no_number_that_was_told(tmp_path):
     assert len({entry.number for entry in entries.values()}) == len(entries) >= 150
 
 
+@pytest.mark.timed
 async def test_a_thousand_entries_load_within_a_fifth_of_a_second(tmp_path):
     path = tmp_path / "state.sqlite"
     db = await StateDatabase.open(path, numbers_from=0)

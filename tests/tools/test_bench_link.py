@@ -20,6 +20,8 @@ from tools.bench.peers.link_model import Direction, LinkSpec
 from tools.bench.peers.range_server import byte_range
 from tools.mount import ROOT
 
+pytestmark = pytest.mark.timed
+
 FILE_BYTES = 3 << 20
 
 
