@@ -160,6 +160,20 @@ GRAPHS = (
         ),
     ),
     Panel(
+        title="Volumes behind images",
+        queries=(
+            ("sum by (state) (basefs_links{@})", "{{state}}"),
+            ("sum(increase(basefs_link_breaks_total{@}[5m]))", "failed a read"),
+            ("sum(increase(basefs_link_attach_failures_total{@}[5m]))", "not attached"),
+            ("sum(increase(basefs_link_detach_failures_total{@}[5m]))", "not detached"),
+        ),
+    ),
+    Panel(
+        title="Volumes: time to attach, 90 of 100",
+        queries=((_quantile("0.9", "instance", "link_attach_duration_seconds_bucket{@}"), "{{instance}}"),),
+        unit="s",
+    ),
+    Panel(
         title="How much of each image is here",
         queries=(
             (
