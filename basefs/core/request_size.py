@@ -25,5 +25,10 @@ class RequestSize:
         return min(max(wanted, BYTES_MIN), BYTES_MAX)
 
     def came(self, length: int, seconds: float) -> None:
-        """So many bytes of a body, > 0, came within so many seconds, > 0. The last request counts for half."""
-        self._bytes_s = (self._bytes_s + length / seconds) / 2
+        """So many bytes of a body, > 0, came within so many seconds, > 0. The last request counts for half.
+
+        A rate that asks for more than BYTES_MAX counts as no more, or one burst out of a buffer would outweigh the
+        slow requests after it.
+        """
+        rate = min(length / seconds, BYTES_MAX / REQUEST_S)
+        self._bytes_s = (self._bytes_s + rate) / 2

@@ -22,6 +22,14 @@ def test_one_odd_request_counts_for_half():
     assert size.bytes == int(102 * REQUEST_S) * MIB
 
 
+def test_a_burst_does_not_outweigh_the_slow_requests_after_it():
+    size = RequestSize()
+    size.came(MIB, 1e-6)
+    for _ in range(4):
+        size.came(10 * MIB, 1.0)
+    assert size.bytes <= BYTES_MAX // 8
+
+
 @given(st.lists(st.tuples(st.integers(1, 1 << 40), st.floats(1e-9, 1e6))))
 def test_whatever_came_the_size_is_whole_mib_within_the_bounds(came):
     size = RequestSize()
