@@ -215,6 +215,7 @@ async def test_where_only_volumes_are_shown_an_image_without_one_is_refused_and_
     await trio.sleep(NO_VOLUME_AGAIN_S)
     await gate.let_through(entry, deadline_s=5)
     assert (entry.verdict.state, entry.local.no_volume) == ("servable", "")
+    assert volumes.calls == 3, "at first, after another server (each looks anew), and when it was time"
 
 
 async def test_where_only_volumes_are_shown_unknown_is_not_absent(handler: _Handler, nursery: trio.Nursery) -> None:
