@@ -6,7 +6,7 @@ wakes the readers; no await stands between finding a chunk absent and waiting fo
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +27,6 @@ from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
 from basefs.cache.whole_image import WholeImage
 from basefs.catalog.records import ImageEntry
-from basefs.core.boot_trace import UNIT_BYTES
 from basefs.core.byte_ranges import chunk_span
 
 log = logging.getLogger(__name__)
@@ -93,13 +92,6 @@ class ImageFetcher:
     def cached_bytes(self) -> int:
         """Image bytes in the chunk file, exactly."""
         return self._ledger.cached_bytes
-
-    def missing_bytes(self, units: Iterable[int]) -> int:
-        """About how many bytes of these units of a boot trace are not in the chunk file: whole chunks are counted."""
-        step = self.chunk_bytes
-        chunks = {chunk for unit in units for chunk in chunk_span(unit * UNIT_BYTES, min(UNIT_BYTES, self.size), step)}
-        states = self._ledger.states
-        return step * len(self._ledger.absent(chunk for chunk in chunks if chunk < len(states)))
 
     @property
     def is_complete(self) -> bool:

@@ -10,6 +10,7 @@ misses meanwhile is the whole request of the plan that has it (`ImageTransfers.d
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -22,6 +23,7 @@ from basefs.cache.trace_store import traced_image
 from basefs.cache.transfers import ImageTransfers
 from basefs.catalog.records import ImageEntry
 from basefs.core.boot_trace import UNIT_BYTES, BootTrace, TraceRecording
+from basefs.core.byte_ranges import chunk_span
 from basefs.core.trace_plan import TracePlan, requests_for
 
 log = logging.getLogger(__name__)
@@ -165,6 +167,13 @@ class ImageTrace:
         if not self._deliveries.is_streamed and not self._ledger.is_sealed and not self._is_complete:
             self._begin_replay()
             self._is_asked = self._replaying is not None
+
+    def missing_bytes(self, units: Iterable[int]) -> int:
+        """About how many bytes of these units are not in the chunk file: whole chunks are counted."""
+        step = self._ledger.chunk_bytes
+        chunks = {chunk for unit in units for chunk in chunk_span(unit * UNIT_BYTES, UNIT_BYTES, step)}
+        known = len(self._ledger.states)
+        return step * len(self._ledger.absent(chunk for chunk in chunks if chunk < known))
 
     @property
     def is_replaying(self) -> bool:

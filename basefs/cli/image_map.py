@@ -11,7 +11,7 @@ from cliff.show import ShowOne
 from stevedore.extension import Extension, ExtensionManager
 
 from basefs.cli.common import BasefsCommand, columns_of
-from basefs.errors import ControlError
+from basefs.cli.picture_options import add_picture_options, check_picture_options
 
 CELLS = 4096
 """What is asked for: as many as a picture has; a terminal takes less, machines can add up."""
@@ -51,8 +51,7 @@ class ImageMap(BasefsCommand, ShowOne):
         """See cliff."""
         parser = super().get_parser(prog_name)
         parser.add_argument("ref", metavar="IMAGE", help="image id, name in _base, or unique image name")
-        parser.add_argument("--svg", metavar="FILE", type=Path, help="write a picture to FILE.svg instead")
-        parser.add_argument("--png", metavar="FILE", type=Path, help="write a picture to FILE.png instead")
+        add_picture_options(parser, " instead")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
@@ -61,9 +60,7 @@ class ImageMap(BasefsCommand, ShowOne):
         Raises:
             ControlError: a picture's name does not end as its format does, or it cannot be written.
         """
-        for path, suffix in ((parsed_args.svg, ".svg"), (parsed_args.png, ".png")):
-            if path is not None and path.suffix.lower() != suffix:
-                raise ControlError(f"--{suffix[1:]} {path}: the name does not end in {suffix}")
+        check_picture_options(parsed_args)
         answer = self.client().image_map(parsed_args.ref, cells_max=CELLS)
         self._write_pictures(answer, parsed_args.svg, parsed_args.png)
         if parsed_args.formatter == "map":

@@ -11,6 +11,7 @@ from cliff.lister import Lister
 from cliff.show import ShowOne
 
 from basefs.cli.common import BasefsCommand, cell, columns_of
+from basefs.cli.picture_options import add_picture_options, check_picture_options
 from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace
 from basefs.errors import ControlError
 
@@ -33,8 +34,7 @@ class TraceShow(BasefsCommand, ShowOne):
         """See cliff."""
         parser = super().get_parser(prog_name)
         parser.add_argument("ref", metavar="IMAGE", help="image id, name in _base, or unique image name")
-        parser.add_argument("--svg", metavar="FILE", type=Path, help="write a picture to FILE.svg, too")
-        parser.add_argument("--png", metavar="FILE", type=Path, help="write a picture to FILE.png, too")
+        add_picture_options(parser, ", too")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
@@ -43,9 +43,7 @@ class TraceShow(BasefsCommand, ShowOne):
         Raises:
             ControlError: a picture's name does not end as its format does, or it cannot be written.
         """
-        for path, suffix in ((parsed_args.svg, ".svg"), (parsed_args.png, ".png")):
-            if path is not None and path.suffix.lower() != suffix:
-                raise ControlError(f"--{suffix[1:]} {path}: the name does not end in {suffix}")
+        check_picture_options(parsed_args)
         answer = self.client().trace(parsed_args.ref)
         if parsed_args.svg is not None or parsed_args.png is not None:
             _write_pictures(answer, parsed_args.svg, parsed_args.png)

@@ -66,7 +66,7 @@ class Traces:
                 yield {"state": "warming"}
                 with trio.move_on_after(PROGRESS_INTERVAL_S):
                     await fetcher.trace.wait_replayed()
-            missing = fetcher.missing_bytes(trace.units())
+            missing = fetcher.trace.missing_bytes(trace.units())
         if missing:
             why = "the cache has no room for them, or Glance does not give them"
             if entry.local.source_kind == "streamed":

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ExpectedWarnings, MountFactory
+from tests.semantics.conftest import eventually
 from tools.mount import BasefsMount
 from tools.rig import Rig
 
@@ -33,11 +33,8 @@ def source(tmp_path: Path) -> Path:
 
 def wait_for(mount: BasefsMount, image_id: str, link: str) -> dict[str, Any]:
     """What `image show` tells once the image stands so to its volume."""
-    deadline = time.monotonic() + PATIENCE_S
-    while (image := mount.image(image_id))["link"] != link:
-        assert time.monotonic() < deadline, (image["link"], image["link_reason"], image["clone_id"])
-        time.sleep(0.05)
-    return image
+    eventually(lambda: mount.image(image_id)["link"] == link, PATIENCE_S)
+    return mount.image(image_id)
 
 
 class Reader(threading.Thread):
@@ -66,10 +63,8 @@ class Reader(threading.Thread):
 
     def reads_on(self) -> None:
         """Return when some more reads were right."""
-        wanted, deadline = self.reads + 20, time.monotonic() + PATIENCE_S
-        while self.reads < wanted and not self.trouble:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wanted = self.reads + 20
+        eventually(lambda: self.reads >= wanted or self.trouble, PATIENCE_S)
         assert self.trouble == []
 
     def stop(self) -> None:
@@ -181,10 +176,7 @@ def test_servers_that_are_killed(
     for pid in (status["keeper_pid"], status["server_pid"]):
         os.kill(pid, signal.SIGKILL)
     mount.start()
-    deadline = time.monotonic() + PATIENCE_S
-    while any("basefs_host" in one["metadata"] for one in cinder.volumes()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    eventually(lambda: not any("basefs_host" in one["metadata"] for one in cinder.volumes()), PATIENCE_S)
     assert mount.path(image_id).read_bytes() == CONTENT
 
 
