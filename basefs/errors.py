@@ -104,6 +104,10 @@ class RangeNotHonouredError(SourceError):
     """Glance's store does not answer ranges for this image (400, 200, a body longer than asked under a 206)."""
 
 
+class StoreGoneError(SourceError):
+    """A store behind Glance has no such object any more, or another one. Of the image itself that says nothing."""
+
+
 # --- volumes ---------------------------------------------------------------------------------------
 
 
