@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -102,10 +103,15 @@ class BasefsMount:
 
     def unmount(self) -> None:
         """`basefs unmount`, and every process of ours is gone when it returns; MountError otherwise."""
-        done = self.cli("unmount", check=False, timeout_s=MOUNT_TIMEOUT_S)
-        if done.returncode or self.is_mounted:
-            raise MountError(f"basefs unmount exited with {done.returncode}: {done.stderr or done.stdout}")
-        left = self._wait_for_processes()
+        with contextlib.ExitStack() as stack:
+            ending = self._pidfds(stack)
+            done = self.cli("unmount", check=False, timeout_s=MOUNT_TIMEOUT_S)
+            if done.returncode or self.is_mounted:
+                raise MountError(f"basefs unmount exited with {done.returncode}: {done.stderr or done.stdout}")
+            left = self._wait_for_processes()
+            # One that is ending has no environment any more, by which we find it, before its files are closed.
+            for fd in ending if not left else ():
+                select.select([fd], [], [], END_S)
         if left:
             raise MountError(f"left running after basefs unmount: {left}")
 
@@ -135,6 +141,15 @@ class BasefsMount:
     def pids(self) -> list[int]:
         """Processes that belong to this mount: started by it, and still running."""
         return pids_with_environment(self.run_id)
+
+    def _pidfds(self, stack: contextlib.ExitStack) -> list[int]:
+        """One of each process that runs now, closed with `stack`."""
+        fds = []
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                fds.append(os.pidfd_open(pid))
+                stack.callback(os.close, fds[-1])
+        return fds
 
     def _wait_for_processes(self) -> list[int]:
         deadline = time.monotonic() + END_S
