@@ -122,6 +122,8 @@ class Links:
         if link is not None:
             link.keep_until = trio.current_time()
             self.tasks.wake(link)
+            # Nova removes a base after its last instance, whose overlay was seen by the look of a minute ago.
+            self._uses.overlays.look_soon()
 
     def look(self, entry: ImageEntry | None = None) -> None:
         """The uses of the image, or of all, may have changed."""

@@ -184,6 +184,18 @@ async def test_removal_detaches_at_once_and_stops_what_is_under_way(world: World
         assert world.cinder.is_clean()
 
 
+async def test_removal_looks_for_overlays_that_went_before_it(world: World, clock: MockClock) -> None:
+    entry = world.add(CONTENT)
+    async with a_linking_node(world) as node:
+        await node.open(entry)
+        await node.linked(entry)
+        await node.release(entry)
+        world.overlays.gone.add(entry.base_name)  # as nova does: the instance goes, then its base
+        await node.handler.remove_image(entry)
+        await node.until_state(entry, "none")
+        assert world.cinder.is_clean()
+
+
 async def test_an_image_that_is_closed_while_it_is_attached_goes_when_it_was_idle(
     world: World, clock: MockClock
 ) -> None:
