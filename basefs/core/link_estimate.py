@@ -5,7 +5,7 @@ In that time the link brings `first_byte_s * bytes_s` bytes, the *pipe*: so many
 more request does. Everything follows from it:
 
 - a miss brings a pipe, a reader who goes on twice that;
-- a replay has as many requests of 256 KiB in flight as fill it, and two more;
+- a replay has as many requests of 256 KiB in flight as fill it, and three more;
 - it fetches along what costs less than a request of which there are so many at a time: pipe / requests in flight.
 
 Bounds: 448 KiB are the widest window for a miss that stays below 2 x the bytes that a boot reads, 128 KiB the widest
@@ -24,7 +24,7 @@ WINDOW_STEP_BYTES = 64 * KIB
 MISS_BYTES_MAX = MIB
 GAP_BYTES_MAX = 128 * KIB
 IN_FLIGHT_BYTES = 256 * KIB
-IN_FLIGHT_MIN, IN_FLIGHT_MAX = 2, 32
+IN_FLIGHT_MIN, IN_FLIGHT_MAX = 3, 32
 SAMPLES_MAX = 32
 SAMPLES_MIN = 4
 """Before so many of each kind nothing is concluded: the first request of a connection pays for the connection."""
@@ -55,7 +55,7 @@ UNMEASURED = FetchParameters(window_bytes=256 * KIB, miss_bytes_max=MIB, gap_byt
 
 def parameters_for(pipe_bytes: float) -> FetchParameters:
     """The parameters for a link and source that hold so many bytes, >= 0. No larger pipe makes any of them smaller."""
-    window = int(pipe_bytes) // WINDOW_STEP_BYTES * WINDOW_STEP_BYTES
+    window = int(pipe_bytes / WINDOW_STEP_BYTES + 0.5) * WINDOW_STEP_BYTES
     window = min(max(window, WINDOW_BYTES_MIN), WINDOW_BYTES_MAX)
     in_flight = IN_FLIGHT_MIN + pipe_bytes / IN_FLIGHT_BYTES
     return FetchParameters(

@@ -1,5 +1,6 @@
 """The cache's objects, built together: accountant, evictor, disk health, overlays, and the handler over them."""
 
+import dataclasses
 import logging
 import random
 from collections.abc import Callable
@@ -65,6 +66,18 @@ class CacheParts:
             "evicted_chunks": counters.chunks,
             "evicted_images": counters.images,
             "unstored_bytes": counters.unstored_bytes,
+            "planner": self._planner(),
+        }
+
+    def _planner(self) -> dict[str, Any]:
+        """What is known of the way to the source, how requests are made because of it, and how many were hedged."""
+        estimate, hedges = self.services.link.estimate, self.services.hedges
+        return {
+            "first_byte_s": None if estimate.first_byte_s is None else round(estimate.first_byte_s, 6),
+            "bytes_s": None if estimate.bytes_s is None else int(estimate.bytes_s),
+            **dataclasses.asdict(estimate.parameters),
+            "hedged": hedges.hedged,
+            "hedges_won": hedges.won,
         }
 
 

@@ -45,12 +45,12 @@ def _request(estimate: LinkEstimate, round_trip_s: float, bits_s: float, noise: 
 @pytest.mark.parametrize(
     ("round_trip_s", "bits_s", "window", "gap", "in_flight"),
     [
-        (0.0003, 1e9, 448, 128, 5),
-        (0.010, 1e9, 448, 128, 9),
+        (0.0003, 1e9, 448, 128, 6),
+        (0.010, 1e9, 448, 128, 10),
         (0.100, 1e9, 448, 128, 32),
-        (0.010, 200e6, 384, 110, 3),
-        (0.020, 50e6, 128, 60, 2),
-        (0.001, 50e6, 128, 19, 2),
+        (0.010, 200e6, 384, 86, 4),
+        (0.020, 50e6, 128, 43, 3),
+        (0.001, 50e6, 128, 13, 3),
     ],
 )
 def test_a_link_is_measured_and_requests_fit_it(
