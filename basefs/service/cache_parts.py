@@ -16,6 +16,7 @@ from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.overlays import OverlayWatch
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits, CacheSpace
+from basefs.cache.trace_sharing import Publish, TraceSharing
 from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
 from basefs.catalog.glance_catalog import Catalog
@@ -92,6 +93,7 @@ async def build_cache(
     forget_pages: Callable[[ImageEntry], None],
     is_first: bool,
     graduated: GraduatedImages,
+    publish_trace: Publish,
 ) -> CacheParts:
     """The parts, at work in the service nursery. What is there already is counted meanwhile; only writes wait for it.
 
@@ -106,6 +108,8 @@ async def build_cache(
     evictor = Evictor(space, disk, EvictionCounters())
     health.relieve = evictor.relieve
     views = Views(settings.view)
+
+    sharing = None if settings.trace_share == "none" else TraceSharing(publish_trace, nursery, random.random)
 
     def forget(entry: ImageEntry) -> None:
         views.forget(entry)
@@ -125,7 +129,7 @@ async def build_cache(
         health=health,
         evictor=evictor,
         unstored=UnstoredChunks(),
-        traces=TraceStore(settings.cache_dir / "traces", disk),
+        traces=TraceStore(settings.cache_dir / "traces", disk, sharing),
         outage=outage,
         forget_pages=forget,
         pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),
