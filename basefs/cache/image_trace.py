@@ -5,7 +5,8 @@ Recording: from the first open of an image that is cold the first touch of each 
 with the last close, after RECORD_S, or when it is full. A guest's reads count alone where there are any. An image that
 is cached is not watched: each chunk's first hit would be a slow one.
 
-Replay: the requests of the trace are made in order, by WORKERS flights, between demand and background. What a reader
+Replay: the requests of the trace are made in order, so many at a time as the link needs, between demand and background.
+What a reader
 misses meanwhile is the whole request of the plan that has it (`ImageTransfers.demand`). Owned by the trio loop.
 """
 
@@ -28,9 +29,6 @@ from basefs.core.trace_plan import TracePlan, requests_for
 
 log = logging.getLogger(__name__)
 
-WORKERS = 6
-"""Requests in flight of a replay. Three take 1.2 x as long over 10 ms round trip (model in `core/trace_plan`), eight
-gain 2 %, and a slot is left to demand anyway."""
 RECORD_S = 180.0
 """A boot is over by then; what is read later is the guest's work, which is another each time."""
 COLD_BYTES_MAX = 4 << 20
@@ -202,7 +200,7 @@ class ImageTrace:
             if self._replaying is done:  # else it was closed meanwhile
                 plan = self._transfers.plan = TracePlan(requests)
                 async with trio.open_nursery() as nursery:
-                    for _ in range(min(WORKERS, len(requests))):
+                    for _ in range(min(self._services.link.parameters.in_flight, len(requests))):
                         nursery.start_soon(self._fetch, plan)
         finally:
             plan.clear()
@@ -216,7 +214,10 @@ class ImageTrace:
             return []
         size, chunk_bytes = self._ledger.size, self._ledger.chunk_bytes
         units = [*range(min(HEAD_UNITS, trace.image.units)), *trace.units()]
-        return await self._services.disk.run(lambda: requests_for(units, size=size, chunk_bytes=chunk_bytes))
+        gap_bytes = self._services.link.parameters.gap_bytes
+        return await self._services.disk.run(
+            lambda: requests_for(units, size=size, chunk_bytes=chunk_bytes, gap_bytes=gap_bytes)
+        )
 
     async def _fetch(self, plan: TracePlan) -> None:
         """Ends with the plan, with its replay."""

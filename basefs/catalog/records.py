@@ -36,6 +36,8 @@ class ImageRecord:
     os_hash_algo: str | None
     os_hash_value: str | None
     is_signed: bool
+    boot_trace: str | None = None
+    """What another node has left there of a boot, unchecked (`core/trace_property`); only where traces are shared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

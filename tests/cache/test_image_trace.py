@@ -1,5 +1,6 @@
 """Boot traces of one image: what is recorded, what is fetched ahead and in which order, and when that stops."""
 
+import dataclasses
 import os
 import random
 from collections.abc import AsyncIterator, Callable
@@ -14,12 +15,14 @@ from basefs import errors
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.cache.image_trace import RECORD_S
 from basefs.cache.space import CacheLimits
+from basefs.cache.trace_sharing import TraceSharing
 from basefs.cache.trace_store import TRACES_MAX, TraceStore, traced_image
 from basefs.catalog.records import ImageEntry
 from basefs.core.boot_trace import UNIT_BYTES, BootTrace, TracedImage, TraceRecording
 from basefs.core.names import base_name_of
 from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace, trace_bytes
 from basefs.core.trace_plan import STRAYED_MAX
+from basefs.core.trace_property import property_of
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.views.choice import Views
 from tests.cache.conftest import IMAGE_ID, make_entry
@@ -483,3 +486,28 @@ async def test_a_disk_that_takes_no_trace_costs_nothing_else(tmp_path: Path) -> 
         assert await node.trace() is None
         await node.evict()
         await node.boot()
+
+
+# --- from other nodes
+
+
+async def test_a_node_that_never_booted_the_image_replays_what_another_has_shared(tmp_path: Path) -> None:
+    async def nothing(_image_id: str, _text: str) -> None:
+        raise AssertionError("a boot that is in Glance already is not given again")
+
+    for name in ("other", "new"):
+        (tmp_path / name).mkdir()
+    async with a_node(tmp_path / "other") as node:
+        await node.boot()
+        known = await node.trace()
+        assert known is not None
+    async with a_node(tmp_path / "new") as node:
+        node.services.traces._sharing = TraceSharing(nothing, node.services.nursery, lambda: 0.0, spread_s=0.0)
+        node.entry.record = dataclasses.replace(node.entry.record, boot_trace=property_of(known))
+        await node.replayed()
+        assert {offset // UNIT_BYTES for _, offset, _ in node.source.calls} == REPLAYED
+        await node.evict()
+        await node.boot()
+        own = await node.trace()
+        assert own is not None
+        assert own.boots == 2

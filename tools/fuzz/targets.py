@@ -133,7 +133,7 @@ def boot_traces(_directory: Path) -> Target:
         assert parse_trace(trace_bytes(trace)) == trace
         size, chunk_bytes = trace.image.size, 64 * 1024
         assert 0 <= trace.traced_bytes <= size
-        for request in requests_for(trace.units(), size=size, chunk_bytes=chunk_bytes):
+        for request in requests_for(trace.units(), size=size, chunk_bytes=chunk_bytes, gap_bytes=128 * 1024):
             assert 0 <= request.start < request.stop <= -(-size // chunk_bytes)
 
     return target
