@@ -26,7 +26,7 @@ from basefs.core.readahead import MISSING, ReadaheadPolicy, Window, window_ahead
 from basefs.core.request_size import RequestSize
 from basefs.core.trace_plan import TracePlan, missing_around, missing_runs
 
-PIECE_BYTES_MAX = 1 << 20
+PIECE_BYTES_MAX = 4 << 20
 
 
 class ImageTransfers:
