@@ -137,7 +137,8 @@ class Qcow2View:
             raise errors.ImageDamagedError(f"image {self._entry.image_id}: {exc}") from exc
 
     async def _stored_bytes(self, offset: int, length: int, limit: ReadLimit) -> bytes:
-        return await self._stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient)
+        # A copy: the others that are brought beside it take the same buffer.
+        return bytes(await self._stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient))
 
     async def _open(self, limit: ReadLimit) -> Qcow2Layout:
         """The layout, which is kept; from the header, which says what it said when the gate looked at it."""

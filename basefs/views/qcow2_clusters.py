@@ -141,7 +141,7 @@ async def _stored_bytes(stored: ByteSource, offset: int, length: int, limit: Rea
     hit = stored.hit(offset, length)
     if hit is not None:
         return bytes(hit)
-    return await stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient)
+    return bytes(await stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient))
 
 
 def _inflated(image_id: str, layout: Qcow2Layout, packed: list[tuple[int, bytes | memoryview]]) -> list[bytes]:
