@@ -68,10 +68,15 @@ class ImageSource(Protocol):
     connection is closed at the next piece), so it belongs in the service nursery, never in a request.
     """
 
-    requests: int
-    """GETs of image bytes sent so far (retries count)."""
-    received_bytes: int
-    """Body bytes taken from the wire so far, whether used or not."""
+    @property
+    def requests(self) -> int:
+        """GETs of image bytes sent so far (retries count)."""
+        ...
+
+    @property
+    def received_bytes(self) -> int:
+        """Body bytes taken from the wire so far, whether used or not."""
+        ...
 
     async def probe(self, image_id: str, *, size: int, header_bytes: int) -> ProbeResult:
         """Ask for the first `min(header_bytes, size)` bytes by Range and see how Glance answers.
