@@ -61,7 +61,7 @@ class ProbeResult:
 
 
 class ImageSource(Protocol):
-    """Reads image bytes from Glance. All methods may be called from many tasks at once.
+    """Reads image bytes from Glance, or a store behind it. All methods may be called from many tasks at once.
 
     Every method raises ImageNotFoundError, SourceForbiddenError, SourceUnavailableError or
     SourceCorruptError, nothing else. Cancellation: the call waits until its thread notices (the
