@@ -124,6 +124,8 @@ class Service:
             pages.forget(image_inode(entry.number))
             if linking is not None:
                 linking.distrust(entry)
+            if tier is not None:
+                tier.pass_by(entry.image_id)
 
         cache = await build_cache(
             nursery,

@@ -1,7 +1,7 @@
 """An `ImageSource` over a cache tier with Glance behind it: what the tier does not give comes from Glance in that call.
 
-The tier has a breaker of its own: what it does is no outage, and what Glance does is not its fault. So an answer that
-is no transport error counts against it only once Glance gave the bytes that it did not.
+The tier rests by itself: what it does is no outage, and what Glance does is not its fault. So an answer that is no
+transport error counts against it only once Glance gave the bytes that it did not.
 """
 
 import logging
@@ -12,8 +12,9 @@ import trio
 
 from basefs import errors
 from basefs.concurrency.outage import Outage
-from basefs.core.trial_breaker import FAILURES_TO_TELL, TrialBreaker
+from basefs.core.source_rest import SourceRest
 from basefs.sources.base import Deliver, Digest, ImageSource, ProbeResult
+from basefs.sources.delivery import Delivery
 from basefs.sources.tier_http import CacheTier
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,17 @@ log = logging.getLogger(__name__)
 PROOF_BYTES = 4096
 """Asked of Glance itself before the tier is believed about an image: that ranges of it are honoured (a slicing cache
 hides a 206 that is too long, and with it wrong bytes), and that the tier's first bytes are this image's."""
+REST_BASE_S = 1.0
+REST_CAP_S = 30.0
+"""Longest rest: a tier that is back is used again within that, and 1,000 nodes try it 33 to 66 times a second."""
+FAILURES_TO_TELL = 2
+"""The failure and one try, before it is worth a record."""
 
 
 class CacheTierSource:
     """`ImageSource`. Ranges come from `tier`, streams and all else from `glance`.
 
-    `nursery` is the service's, for trials of a tier that is away: no reader waits for one. Owned by the loop.
+    `nursery` is the service's, for tries of a tier that rests: no reader waits for one. Owned by the loop.
     """
 
     def __init__(
@@ -38,15 +44,18 @@ class CacheTierSource:
         outage: Outage,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.breaker = TrialBreaker(jitter)
+        self.tier = tier
         self.failovers = 0
         """Ranges that the tier was asked for, and Glance gave."""
         self.is_distrusted = False
         """It gave other bytes than Glance: never asked again by this server."""
-        self.tier = tier
         self._glance = glance
         self._nursery = nursery
         self._outage = outage
+        self._jitter = jitter
+        self._rest = SourceRest(base_s=REST_BASE_S, cap_s=REST_CAP_S)
+        self._is_tried = False
+        self._passed_by: set[str] = set()
 
     @property
     def requests(self) -> int:
@@ -58,22 +67,33 @@ class CacheTierSource:
         """What came from both."""
         return self.tier.received_bytes + self._glance.received_bytes
 
+    @property
+    def is_used(self) -> bool:
+        """Whether nothing speaks against the tier."""
+        return self._rest.is_good and not self.is_distrusted
+
     async def probe(self, image_id: str, *, size: int, header_bytes: int) -> ProbeResult:
         """See `ImageSource.probe`. One small range of Glance itself, the header from the tier."""
         length = min(header_bytes, size)
-        problem, began = None, trio.current_time()
-        if length > PROOF_BYTES and self._is_asked:
+        problem: errors.SourceError | None = None
+        if length > PROOF_BYTES and self._is_asked(image_id):
             proof = await self._glance.probe(image_id, size=size, header_bytes=PROOF_BYTES)
             if proof.kind == "ranged":
-                header = _Header(length)
-                problem = await self._ask(began, image_id, size, 0, length, length, header)
-                if problem is None and header.data.startswith(proof.header):
-                    return ProbeResult(kind="ranged", reason=proof.reason, header=header.data)
+                header = bytearray()
+
+                def keep(_offset: int, piece: memoryview) -> bool:
+                    header.extend(piece)
+                    return True
+
+                delivery = Delivery(0, length, keep)
+                problem = await self._ask(image_id, size, delivery, length)
+                if problem is None and header.startswith(proof.header):
+                    return ProbeResult(kind="ranged", reason=proof.reason, header=bytes(header))
                 if problem is None:
                     self._distrust(image_id)
         result = await self._glance.probe(image_id, size=size, header_bytes=header_bytes)
         if problem is not None:
-            self._gave_way(began, problem)
+            self._gave_way(problem)
         return result
 
     async def fetch_range(
@@ -81,22 +101,19 @@ class CacheTierSource:
     ) -> None:
         """See `ImageSource.fetch_range`. What the tier began Glance completes."""
         self._try_when_due(image_id, size)
-        problem, began = None, trio.current_time()
-        taken = _Taken(deliver)
-        if self._is_asked:
-            problem = await self._ask(began, image_id, size, offset, length, piece_bytes, taken)
-            if problem is None or taken.has_enough or taken.bytes == length:
-                return
+        if not self._is_asked(image_id):
+            await self._glance.fetch_range(
+                image_id, size=size, offset=offset, length=length, piece_bytes=piece_bytes, deliver=deliver
+            )
+            return
+        delivery = Delivery(offset, length, deliver)
+        problem = await self._ask(image_id, size, delivery, piece_bytes)
+        if problem is None or delivery.is_over:
+            return
         await self._glance.fetch_range(
-            image_id,
-            size=size,
-            offset=offset + taken.bytes,
-            length=length - taken.bytes,
-            piece_bytes=piece_bytes,
-            deliver=deliver,
+            image_id, size=size, offset=delivery.at, length=delivery.left, piece_bytes=piece_bytes, deliver=deliver
         )
-        if problem is not None:
-            self._gave_way(began, problem)
+        self._gave_way(problem)
 
     async def fetch_stream(
         self, image_id: str, *, size: int, piece_bytes: int, digest: Digest | None, deliver: Deliver
@@ -104,42 +121,46 @@ class CacheTierSource:
         """See `ImageSource.fetch_stream`. By Glance: an image that it streams is in no cache of ranges."""
         await self._glance.fetch_stream(image_id, size=size, piece_bytes=piece_bytes, digest=digest, deliver=deliver)
 
+    def pass_by(self, image_id: str) -> None:
+        """Bytes of the image turned out wrong, maybe by the tier: it is read from Glance itself from now on."""
+        self._passed_by.add(image_id)
+
     # --- whether the tier is asked ---------------------------------------------------------------------
 
-    @property
-    def is_used(self) -> bool:
-        """Whether nothing speaks against the tier."""
-        return not (self.is_distrusted or self.breaker.is_away)
-
-    @property
-    def _is_asked(self) -> bool:
+    def _is_asked(self, image_id: str) -> bool:
         # In an outage the tier could not ask Glance whether we may have the bytes.
-        return self.is_used and not self._outage.is_on
+        return self.is_used and not self._outage.is_on and image_id not in self._passed_by
 
-    async def _ask(
-        self, began: float, image_id: str, size: int, offset: int, length: int, piece_bytes: int, deliver: Deliver
-    ) -> errors.SourceError | None:
-        """Ask the tier; why it did not give all, None if it did."""
+    async def _ask(self, image_id: str, size: int, delivery: Delivery, piece_bytes: int) -> errors.SourceError | None:
+        """Have the tier deliver; why it did not give all, None if it did."""
         try:
             await self.tier.fetch_range(
-                image_id, size=size, offset=offset, length=length, piece_bytes=piece_bytes, deliver=deliver
+                image_id,
+                size=size,
+                offset=delivery.at,
+                length=delivery.left,
+                piece_bytes=piece_bytes,
+                deliver=delivery.turn(lambda: None),
             )
         except errors.SourceError as exc:
             log.debug("%s; Glance is asked", exc)
             if isinstance(exc, errors.SourceUnavailableError) and exc.may_be_away:
-                self._failed(began, exc)
+                self._failed(exc)
             return exc
+        finally:
+            delivery.leave()
         return None
 
-    def _gave_way(self, began: float, problem: errors.SourceError) -> None:
+    def _gave_way(self, problem: errors.SourceError) -> None:
         """Glance gave what the tier did not."""
         self.failovers += 1
-        self._failed(began, problem)
+        self._failed(problem)
 
-    def _failed(self, began: float, error: errors.SourceError) -> None:
-        if self.breaker.failed(began, trio.current_time()):
+    def _failed(self, error: errors.SourceError) -> None:
+        if self._rest.is_good:
             log.info("the cache tier %s is left alone for a moment: %s", self.tier.url, error)
-            self.tier.close()
+            self.tier.close()  # what is pooled may lead to a host that is no more
+            self._rest.failed(trio.current_time(), jitter=self._jitter())
 
     def _distrust(self, image_id: str) -> None:
         if not self.is_distrusted:
@@ -151,48 +172,23 @@ class CacheTierSource:
             )  # fmt: skip
 
     def _try_when_due(self, image_id: str, size: int) -> None:
-        """Begin the trial that is due, with the image at hand."""
-        if not self._outage.is_on and self.breaker.take_trial(trio.current_time()):
+        """Begin the try that is due, with the image at hand."""
+        if self._rest.may_try(trio.current_time()) and not (self._is_tried or self._outage.is_on):
+            self._is_tried = True
             self._nursery.start_soon(self._try, image_id, size)
 
     async def _try(self, image_id: str, size: int) -> None:
         """Ask the tier for one byte. Ends within the tier's time-outs."""
-        error: errors.SourceError | None = None
         try:
-            await self.tier.fetch_range(image_id, size=size, offset=0, length=1, piece_bytes=1, deliver=_Header(1))
+            await self.tier.fetch_range(
+                image_id, size=size, offset=0, length=1, piece_bytes=1, deliver=lambda _offset, _piece: True
+            )
         except errors.SourceError as exc:
-            error = exc
-        self.breaker.trial_ended(trio.current_time(), is_back=error is None)
-        if error is not None and self.breaker.failures == FAILURES_TO_TELL:
-            log.warning("the cache tier %s is not used: %s. Glance is asked instead", self.tier.url, error)
-        elif error is None:
+            self._rest.failed(trio.current_time(), jitter=self._jitter())
+            if self._rest.failures == FAILURES_TO_TELL:
+                log.warning("the cache tier %s is not used: %s. Glance is asked instead", self.tier.url, exc)
+        else:
+            self._rest.answered()
             log.info("the cache tier %s is used again", self.tier.url)
-
-
-class _Header:
-    """A receiver that keeps `length` bytes, which come as one piece."""
-
-    def __init__(self, length: int) -> None:
-        self.data = b""
-        self._length = length
-
-    def __call__(self, offset: int, piece: memoryview) -> bool:
-        assert (offset, len(piece)) == (0, self._length)
-        self.data = bytes(piece)
-        return True
-
-
-class _Taken:
-    """A receiver that knows how far the one behind it has come."""
-
-    def __init__(self, deliver: Deliver) -> None:
-        self._deliver = deliver
-        self.bytes = 0
-        self.has_enough = False
-
-    def __call__(self, offset: int, piece: memoryview) -> bool:
-        if not self._deliver(offset, piece):
-            self.has_enough = True
-            return False
-        self.bytes += len(piece)
-        return True
+        finally:
+            self._is_tried = False

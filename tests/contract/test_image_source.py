@@ -58,6 +58,7 @@ def source_and_image(request, tmp_path, nursery):
         with MisbehavingFront() as front, MisbehavingFront(upstream=front.url) as cache:
             source, access = over_tier(tmp_path, front, cache, nursery)
             yield source, front.glance.add(DATA), absent
+            source.tier.close()
             access.close()
     else:
         rig = request.getfixturevalue("rig")

@@ -8,8 +8,8 @@ import trio
 
 from basefs import errors
 from basefs.config.checks import cache_endpoint_problem
-from basefs.core.trial_breaker import TRIAL_BASE_S, TRIAL_CAP_S, TrialBreaker
 from basefs.sources import tier_http
+from basefs.sources.tier import REST_CAP_S
 from tests.contract.test_image_source import PIECE, Taken
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
@@ -36,6 +36,7 @@ def tier(front):
 def access_and_source(tmp_path, front, tier, nursery):
     source, access = over_tier(tmp_path, front, tier, nursery)
     yield access, source
+    source.tier.close()
     access.close()
 
 
@@ -88,7 +89,7 @@ async def test_what_the_tier_does_not_give_comes_from_glance_in_the_same_call(
     access, source = access_and_source
     tier.on("/file").respond(*faults)
     await ranged(source, image)
-    assert (source.failovers, source.breaker.is_away) == (1, True)
+    assert (source.failovers, source.is_used) == (1, False)
     assert access.endpoints.is_closed("glance")
     asked = tier.count("/file")
     await ranged(source, image)  # the tier is left alone
@@ -117,7 +118,7 @@ async def test_a_tier_that_hangs_is_given_up(front, tier, source, image, monkeyp
     tier.on("/file").respond(answers.hang(release))
     await ranged(source, image)
     release.set()
-    assert source.breaker.is_away
+    assert not source.is_used
 
 
 async def test_a_tier_that_is_back_is_used_again_after_a_trial(
@@ -129,14 +130,15 @@ async def test_a_tier_that_is_back_is_used_again_after_a_trial(
     tier.on("/file").respond(answers.status(503))
     await ranged(source, image)
     for _ in range(2):  # trials that fail; readers get their bytes from Glance beside them
-        now += 2 * TRIAL_CAP_S
-        failures = source.breaker.failures
+        now += 2 * REST_CAP_S
+        failures = source._rest.failures
         await ranged(source, image)
-        await until(lambda failures=failures: source.breaker.failures > failures)
+        await until(lambda failures=failures: source._rest.failures > failures)
+        assert not source.is_used
     tier.behave()
-    now += 2 * TRIAL_CAP_S
+    now += 2 * REST_CAP_S
     await ranged(source, image)
-    await until(lambda: not source.breaker.is_away)
+    await until(lambda: source.is_used)
     asked, failovers = tier.count("/file"), source.failovers
     await ranged(source, image)
     assert (tier.count("/file"), source.failovers) == (asked + 1, failovers)
@@ -155,7 +157,7 @@ async def test_an_image_that_glance_refuses_too_says_nothing_about_the_tier(fron
     front.on("/file").respond(answers.status(403))
     with pytest.raises(errors.SourceForbiddenError):
         await ranged(source, image)
-    assert not source.breaker.is_away
+    assert source.is_used
     front.behave()
     await ranged(source, image)
     assert source.failovers == 0
@@ -215,26 +217,11 @@ async def test_the_tier_is_asked_for_bytes_only_in_one_spelling(front, tier, sou
     ]
 
 
-def test_a_breaker_takes_one_trial_at_a_time_at_growing_distances():
-    breaker = TrialBreaker(lambda: 0.0)
-    assert not breaker.take_trial(0.0)
-    assert breaker.failed(9.0, 10.0)
-    assert not breaker.failed(9.5, 10.1)  # another that was under way
-    now, pauses = 10.0, []
-    for _ in range(8):
-        begun = now
-        while not breaker.take_trial(now):
-            now += 0.125
-        pauses.append(now - begun)
-        assert not breaker.take_trial(now + 1000)
-        breaker.trial_ended(now, is_back=False)
-    assert pauses[0] == TRIAL_BASE_S / 2
-    assert pauses == sorted(pauses)
-    assert pauses[-1] == TRIAL_CAP_S / 2
-    breaker.trial_ended(now, is_back=True)
-    assert not breaker.is_away
-    assert not breaker.failed(now - 1, now + 1)  # begun before it was back
-    assert breaker.failed(now, now + 1)
+async def test_an_image_whose_bytes_were_wrong_is_read_from_glance_itself(tier, source, image):
+    source.pass_by(image)
+    await ranged(source, image)
+    assert tier.count() == 0
+    assert source.is_used
 
 
 @pytest.mark.parametrize(
