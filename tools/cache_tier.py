@@ -21,7 +21,7 @@ from tools.rig.processes import ROOT, RigError, listening_socket
 
 NGINX = Path(ROOT) / ".venvs/nginx/usr/sbin/nginx"
 SHIPPED = Path(ROOT) / "etc/nginx/basefs-cache-tier.conf"
-SLICE_BYTES = 256 << 10
+SLICE_BYTES = 128 << 10
 START_S = 20.0
 END_S = 10.0
 _LOGGED = re.compile(r'"(?P<method>\S+) (?P<path>\S+) [^"]*" (?P<status>\d+) (?P<sent>\d+) ')
@@ -44,8 +44,16 @@ class CacheTier:
     that started it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], glance_url: str, *, authorised_s10: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        glance_url: str,
+        *,
+        host: str = "127.0.0.1",
+        authorised_s10: bool = False,
+    ) -> None:
         self.directory = Path(directory).resolve()
+        self._host = host
         self._glance = urlsplit(glance_url).netloc
         self._authorised_s10 = authorised_s10
         self._port = 0
@@ -63,14 +71,20 @@ class CacheTier:
     @property
     def url(self) -> str:
         """What `[glance] cache_endpoint` is set to; the same after a restart."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self._host}:{self._port}"
+
+    @property
+    def pid(self) -> int:
+        """The leader of its process group."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Start it, on the port that it had before; returns when it listens, with the cache that it left."""
         if not NGINX.exists():
             raise RigError(f"{NGINX} is not there: run `tools/setup nginx`")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with listening_socket("127.0.0.1", self._port) as sock:
+        with listening_socket(self._host, self._port) as sock:
             self._port = sock.getsockname()[1]
             self._configure()
             self._process = subprocess.Popen(
@@ -138,7 +152,7 @@ class CacheTier:
         d = str(self.directory)
         for old, new in (
             ("glance.example.org:9292", self._glance),
-            ("listen 9292;", f"listen 127.0.0.1:{self._port};"),
+            ("listen 9292;", f"listen {self._host}:{self._port};"),
             ("/var/cache/basefs-tier", f"{d}/cache"),
             ("/run/basefs-tier", f"{d}/authorised"),
             ("/var/log/nginx/", f"{d}/"),
