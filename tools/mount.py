@@ -32,13 +32,20 @@ class BasefsMount:
     """`basefs mount --background` over `<directory>/instances/_base`, and the way back.
 
     `options` are further `[basefs]` lines; a key "SECTION.name" goes into that section, and a value of None takes a
-    default of ours away. `basefs` is used as an operator would: by its command line and its files.
+    default of ours away. `prefix` is what commands begin with (to run in a network namespace). `basefs` is used as an
+    operator would: by its command line and its files.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], glance_conf: str, options: Mapping[str, object] | None = None
+        self,
+        directory: str | os.PathLike[str],
+        glance_conf: str,
+        options: Mapping[str, object] | None = None,
+        *,
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self.directory = Path(directory)
+        self._prefix = prefix
         self.instances_path = self.directory / "instances"
         self.mountpoint = self.instances_path / "_base"
         self.cache_dir = self.directory / "cache"
@@ -160,7 +167,7 @@ class BasefsMount:
     def cli(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
         """Run `basefs ARGUMENTS --config-file …` and return what it wrote; CalledProcessError when it fails."""
         done = subprocess.run(
-            [str(BASEFS), *arguments, "--config-file", str(self.conf_path)],
+            [*self._prefix, str(BASEFS), *arguments, "--config-file", str(self.conf_path)],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

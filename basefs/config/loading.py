@@ -13,7 +13,7 @@ from oslo_config import cfg
 from oslo_log import log
 
 from basefs import mounts
-from basefs.config.checks import check_together
+from basefs.config.checks import cache_endpoint_problem, check_together
 from basefs.config.files import DEFAULT_CONFIG_FILE, Entry, find_config_files, read_entries
 from basefs.config.options import BASEFS_OPTS, GLANCE_SECTION, glance_common_opts
 from basefs.config.settings import Settings
@@ -237,6 +237,8 @@ def _check_glance(conf: cfg.ConfigOpts, auth_section: str) -> None:
         raise ConfigError(
             f"[glance] endpoint_override is not set; auth_type = {auth_type} has no catalog to look it up"
         )
+    if problem := cache_endpoint_problem(glance.cache_endpoint):
+        raise ConfigError(f"[glance] cache_endpoint: {problem}")
     try:
         loading.load_auth_from_conf_options(conf, GLANCE_SECTION)
         loading.load_adapter_from_conf_options(conf, GLANCE_SECTION, session=None, auth=None)

@@ -254,19 +254,25 @@ _REPLACING = [
     ),
 ]
 
+_CACHE_TIER = cfg.StrOpt(
+    "cache_endpoint",
+    help="URL of an HTTP cache in front of Glance, http or https; ranges of images are asked of it as of Glance, with "
+    "the token, and of Glance itself where it fails. docs/OPERATIONS.md has an nginx for it. Default: none.",
+)
+
 BASEFS_OPTS: list[cfg.Opt] = [
     *_PATHS, *_SHOWN, *_CACHE, *_FETCHING, *_TIMES, *_INTEGRITY, *_COMPLETING, *_OPERATIONS, *_REPLACING,
 ]  # fmt: skip
 
 
 def glance_common_opts() -> list[cfg.Opt]:
-    """The options of [glance] that do not depend on `auth_type`: session, adapter, choice of the plugin."""
+    """The options of [glance] that do not depend on `auth_type`: session, adapter, choice of the plugin, cache tier."""
     # Here and not at the top: keystoneauth1 takes 0.5 s to import, and help texts do not need it.
     from keystoneauth1 import loading
 
     adapter = loading.get_adapter_conf_options()
     cfg.set_defaults(adapter, service_type="image")
-    return [*loading.get_auth_common_conf_options(), *loading.get_session_conf_options(), *adapter]
+    return [*loading.get_auth_common_conf_options(), *loading.get_session_conf_options(), *adapter, _CACHE_TIER]
 
 
 def list_opts() -> list[tuple[str, list[Any]]]:

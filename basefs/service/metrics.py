@@ -31,6 +31,7 @@ from basefs.service.metrics_table import Sample
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
 from basefs.sources.request_stats import RequestKind
+from basefs.sources.tier import CacheTierSource
 
 IMAGES_MAX = 200
 """Images with series of their own: those used here, the last used first. A node runs fewer; Prometheus keeps each."""
@@ -75,6 +76,7 @@ class MetricsParts:
     gate: ServableGate
     handler: DownloadingTemplateImageHandler
     source: GlanceSource
+    tier: CacheTierSource | None
     access: GlanceAccess
     operations: Operations
     counters: FetchCounters
@@ -213,6 +215,11 @@ class Metrics:
         for name, histogram in http.durations().items():
             yield "basefs_glance_request_duration_seconds", (name,), histogram
         yield "basefs_glance_received_bytes_total", (), parts.source.received_bytes
+        if parts.tier is not None:
+            yield "basefs_cache_tier_requests_total", (), parts.tier.tier.requests
+            yield "basefs_cache_tier_received_bytes_total", (), parts.tier.tier.received_bytes
+            yield "basefs_cache_tier_failovers_total", (), parts.tier.failovers
+            yield "basefs_cache_tier_away", (), float(not parts.tier.is_used)
         if parts.access.contact.reachable is not None:
             yield "basefs_glance_reachable", (), float(parts.access.contact.reachable)
         endpoints = parts.access.endpoints

@@ -94,6 +94,12 @@ _GLANCE = (
     Metric("basefs_glance_request_duration_seconds", "histogram", "Time to the head of an answer.", ("kind",)),
     Metric("basefs_glance_received_bytes_total", "counter", "Bytes of images that came from Glance."),
     Metric("basefs_glance_reachable", "gauge", "1 when the last contact with Glance succeeded, 0 when it failed."),
+    Metric(
+        "basefs_cache_tier_requests_total", "counter", "Ranges that the cache tier in front of Glance was asked for."
+    ),
+    Metric("basefs_cache_tier_received_bytes_total", "counter", "Bytes of images that came from the cache tier."),
+    Metric("basefs_cache_tier_failovers_total", "counter", "Ranges that it was asked for, and Glance gave."),
+    Metric("basefs_cache_tier_away", "gauge", "1 while the cache tier is not used because it failed."),
     Metric("basefs_endpoint_away", "gauge", "1 while probes of Glance or Keystone fail.", ("endpoint",)),
     Metric("basefs_outage", "gauge", "1 while nothing is fetched: Glance is away, or Keystone and no token is left."),
     Metric("basefs_catalog_refreshed_timestamp_seconds", "gauge", "When the image catalog was last refreshed."),

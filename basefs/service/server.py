@@ -57,6 +57,8 @@ from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
 from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
+from basefs.sources.tier import CacheTierSource
+from basefs.sources.tier_http import open_tier
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +113,9 @@ class Service:
         )
         await catalog.load()
         counters = FetchCounters()
-        source = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        glance = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        tier = self._over_tier(glance, nursery)
+        source = tier or glance
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
         graduated = await open_graduated(self._arguments.lower_fd, self._channel, nursery, catalog)
@@ -121,6 +125,8 @@ class Service:
             pages.forget(image_inode(entry.number))
             if linking is not None:
                 linking.distrust(entry)
+            if tier is not None:
+                tier.pass_by(entry.image_id)
 
         cache = await build_cache(
             nursery,
@@ -188,7 +194,8 @@ class Service:
                 catalog=catalog,
                 gate=gate,
                 handler=handler,
-                source=source,
+                source=glance,
+                tier=tier,
                 access=self._access,
                 operations=view.operations,
                 counters=counters,
@@ -231,6 +238,12 @@ class Service:
         await graduator.stop()  # it has images open
         await handler.close()
         await self._channel.flush()
+
+    def _over_tier(self, glance: GlanceSource, nursery: trio.Nursery) -> CacheTierSource | None:
+        """Glance behind the cache tier that is configured; None: there is none."""
+        tier = open_tier(self._loaded.conf, self._access, threads_max=self._settings.fetch_threads_max)
+        outage = self._access.endpoints.outage
+        return None if tier is None else CacheTierSource(tier, glance, nursery, outage=outage)
 
     def _file_settings(self) -> ImageFileSettings:
         settings = self._settings

@@ -27,7 +27,7 @@ from basefs.service.integrity import Integrity
 from basefs.service.linking import Linking
 from basefs.service.traces import Traces
 from basefs.sources.access import GlanceAccess
-from basefs.sources.glance import GlanceSource
+from basefs.sources.base import ImageSource
 
 
 class View:
@@ -38,7 +38,7 @@ class View:
         catalog: Catalog,
         gate: ServableGate,
         handler: DownloadingTemplateImageHandler,
-        source: GlanceSource,
+        source: ImageSource,
         access: GlanceAccess,
         *,
         mountpoint: Path,

@@ -61,17 +61,22 @@ class ProbeResult:
 
 
 class ImageSource(Protocol):
-    """Reads image bytes from Glance. All methods may be called from many tasks at once.
+    """Reads image bytes from Glance, or a store behind it. All methods may be called from many tasks at once.
 
     Every method raises ImageNotFoundError, SourceForbiddenError, SourceUnavailableError or
     SourceCorruptError, nothing else. Cancellation: the call waits until its thread notices (the
     connection is closed at the next piece), so it belongs in the service nursery, never in a request.
     """
 
-    requests: int
-    """GETs of image bytes sent so far (retries count)."""
-    received_bytes: int
-    """Body bytes taken from the wire so far, whether used or not."""
+    @property
+    def requests(self) -> int:
+        """GETs of image bytes sent so far (retries count)."""
+        ...
+
+    @property
+    def received_bytes(self) -> int:
+        """Body bytes taken from the wire so far, whether used or not."""
+        ...
 
     async def probe(self, image_id: str, *, size: int, header_bytes: int) -> ProbeResult:
         """Ask for the first `min(header_bytes, size)` bytes by Range and see how Glance answers.

@@ -1,0 +1,114 @@
+"""Reads through one way to an image, and what follows from how they end: rests, records, tries.
+
+Invariants: a reader waits for a way that fails once, FIRST_PIECE_S at most; what rests is tried by a task of its own,
+one at a time for an endpoint. Owned by the trio loop.
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from basefs import errors
+from basefs.observability import ConditionLog
+from basefs.sources.delivery import Delivery
+from basefs.sources.starts import START_BYTES
+from basefs.sources.ways import Way
+
+log = logging.getLogger(__name__)
+
+FIRST_PIECE_S = 5.0
+"""A store that gives nothing for so long is left for the next source. Longer than a Ceph client takes to find another
+OSD it knows of; a third of what a reader with the default `other_io_deadline_s` waits, and lost once: then it rests."""
+SILENCE_S = 8.0
+"""The same in the middle of a body; as `sources/access.BODY_SILENCE_S` for Glance."""
+
+
+class StoreReads:
+    """`refresh(image_id)`: have its locations asked for again. Tries run in `nursery`."""
+
+    def __init__(self, nursery: trio.Nursery, *, refresh: Callable[[str], None], jitter: Callable[[], float]) -> None:
+        self._nursery = nursery
+        self._refresh = refresh
+        self._jitter = jitter
+        self._told = ConditionLog(log, clock=trio.current_time)
+
+    async def take(self, way: Way, delivery: Delivery, piece_bytes: int, header: bytearray | None = None) -> bool:
+        """Have what is left of the delivery from this way; False: the rest is to come from elsewhere.
+
+        `header`: what is delivered goes there, and is the image's beginning, so that need not be read to be compared.
+
+        Cancellation: as `StoreObject.fetch_range`; it says nothing of the way.
+        """
+        begun_at = delivery.at
+        try:
+            with trio.move_on_after(FIRST_PIECE_S) as limit:
+
+                def alive() -> None:
+                    limit.deadline = trio.current_time() + SILENCE_S
+
+                async with way.reading(compares=header is None) as opened:
+                    await opened.found.fetch_range(
+                        offset=delivery.at, length=delivery.left, piece_bytes=piece_bytes, deliver=delivery.turn(alive)
+                    )
+                    if header is not None and not opened.is_compared:
+                        await way.compare(opened, bytes(header[:START_BYTES]))
+            if not delivery.is_over:
+                text = f"nothing came for {FIRST_PIECE_S if delivery.at == begun_at else SILENCE_S:g} s"
+                raise errors.SourceUnavailableError(text, may_be_away=True)
+        except errors.SourceError as exc:
+            self._failed(way, exc)
+            return False
+        finally:
+            delivery.leave()
+            way.delivered_bytes += delivery.at - begun_at
+        self._answered(way)
+        return True
+
+    def try_again(self, way: Way) -> None:
+        """Find out, in a task of its own, if the way is good again; nothing while its endpoint is being tried."""
+        if not way.endpoint.is_tried:
+            way.endpoint.is_tried = True
+            self._nursery.start_soon(self._try, way)
+
+    async def _try(self, way: Way) -> None:
+        """Ends within FIRST_PIECE_S, or when the nursery is cancelled."""
+        try:
+            with trio.move_on_after(FIRST_PIECE_S):
+                async with way.reading() as opened:
+                    await opened.found.fetch_range(offset=0, length=1, piece_bytes=1, deliver=_take_no_more)
+                self._answered(way)
+                return
+            self._failed(way, errors.SourceUnavailableError(f"no answer for {FIRST_PIECE_S:g} s", may_be_away=True))
+        except errors.SourceError as exc:
+            self._failed(way, exc)
+        except Exception:  # no bug in a store may end the server that guests read from
+            log.exception("bug in a try of %s for image %s", way.endpoint.title, way.image_id)
+            self._failed(way, errors.SourceUnavailableError("a bug"))
+        finally:
+            way.endpoint.is_tried = False
+
+    def _failed(self, way: Way, error: errors.SourceError) -> None:
+        was_good = way.endpoint.rest.is_good
+        way.failed(error, jitter=self._jitter())
+        title = way.endpoint.title
+        if isinstance(error, errors.StoreGoneError):
+            self._refresh(way.image_id)
+        if was_good and not way.endpoint.rest.is_good:
+            log.warning("%s fails: %s; images are read from their next source until it answers again", title, way.error)
+        elif way.endpoint.rest.is_good and not isinstance(error, errors.SourceUnavailableError):
+            self._told.begins(
+                (way.image_id, title, type(error)), logging.WARNING, "image %s is not read from %s: %s",
+                way.image_id, title, way.error,
+            )  # fmt: skip
+        else:
+            log.debug("image %s: %s: %s", way.image_id, title, way.error)
+
+    def _answered(self, way: Way) -> None:
+        if not way.endpoint.rest.is_good:
+            log.info("%s answers again; images are read from there", way.endpoint.title)
+        way.answered()
+
+
+def _take_no_more(_offset: int, _piece: memoryview) -> bool:
+    return False
