@@ -53,7 +53,7 @@ class _Recording:
 
 
 class ImageTrace:
-    """One prepared image. `opened` and `closed` are called for its first and its last handle."""
+    """One prepared image. `opened` (and `replay`) and `closed` are called for its first and its last handle."""
 
     def __init__(
         self,
@@ -76,22 +76,23 @@ class ImageTrace:
         self._replaying: trio.Event | None = None  # of the one that goes on; others end with what they have under way
 
     def opened(self) -> None:
-        """Somebody has the image open now: record what is read of a cold one, and replay what earlier ones read."""
-        if not self._deliveries.is_streamed and not self._ledger.is_sealed and not self._is_complete:
-            if self._ledger.cached_bytes <= COLD_BYTES_MAX:
-                self._begin_recording()
-            self._begin_replay()
+        """Somebody has the image open now: record what is read of a cold one."""
+        if self._may_help and self._ledger.cached_bytes <= COLD_BYTES_MAX:
+            self._begin_recording()
 
     def closed(self) -> None:
         """Nobody has it open any more: the recording ends, and the replay, unless it was asked for."""
         self._end_recording()
         if not self._is_asked:
-            self._transfers.plan.clear()
-            self._replaying = None
+            self.end_replay()
 
     async def close(self) -> None:
-        """As `closed`; returns when what was recorded is kept."""
-        self.closed()
+        """The recording ends, and what is under way; returns when what was recorded is kept.
+
+        A replay that ends by this is one that the next server goes on with.
+        """
+        self._end_recording()
+        self._stop_replay()
         while self._not_kept:
             await next(iter(self._not_kept)).wait()
 
@@ -160,11 +161,31 @@ class ImageTrace:
 
     # --- replay -----------------------------------------------------------------------------------------
 
+    def replay(self) -> None:
+        """Fetch what the trace says ahead of those who have the image open. Returns at once."""
+        if self._may_help and self._replaying is None and self._services.traces.may_have(self._entry):
+            self._replaying = trio.Event()
+            self._note(is_replaying=True)
+            self._flights.start(self._replay, self._replaying)
+
     def replay_asked(self) -> None:
-        """Fetch what the trace says, also while nobody has the image open. Returns at once."""
-        if not self._deliveries.is_streamed and not self._ledger.is_sealed and not self._is_complete:
-            self._begin_replay()
-            self._is_asked = self._replaying is not None
+        """The same, also while nobody has it open."""
+        self.replay()
+        self._is_asked = self._replaying is not None
+
+    def end_replay(self) -> None:
+        """Fetch no more than what is under way."""
+        self._stop_replay()
+        self._note(is_replaying=False)
+
+    def _stop_replay(self) -> None:
+        self._transfers.plan.clear()
+        self._replaying, self._is_asked = None, False
+
+    def _note(self, *, is_replaying: bool) -> None:
+        if self._entry.local.is_replaying != is_replaying:
+            self._entry.local.is_replaying = is_replaying
+            self._services.changed(self._entry)
 
     def missing_bytes(self, units: Iterable[int]) -> int:
         """About how many bytes of these units are not in the chunk file: whole chunks are counted."""
@@ -183,14 +204,11 @@ class ImageTrace:
         while self._replaying is not None:
             await self._replaying.wait()
 
-    def _begin_replay(self) -> None:
-        if self._replaying is None and self._services.traces.may_have(self._entry):
-            self._replaying = trio.Event()
-            self._flights.start(self._replay, self._replaying)
-
     @property
-    def _is_complete(self) -> bool:
-        return self._ledger.cached_bytes == self._ledger.size
+    def _may_help(self) -> bool:
+        """Whether some of the image is to come, by ranges."""
+        is_complete = self._ledger.cached_bytes == self._ledger.size
+        return not (self._deliveries.is_streamed or self._ledger.is_sealed or is_complete)
 
     async def _replay(self, done: trio.Event) -> None:
         """Ends with its plan; cancelled when the image is closed."""
@@ -202,6 +220,8 @@ class ImageTrace:
                 async with trio.open_nursery() as nursery:
                     for _ in range(min(self._services.link.parameters.in_flight, len(requests))):
                         nursery.start_soon(self._fetch, plan)
+            if self._replaying is done:
+                self.end_replay()
         finally:
             plan.clear()
             if self._replaying is done:

@@ -54,6 +54,7 @@ class Links:
         self.tasks = LinkTasks(steps, uses, settings, nursery)
         self._links: dict[int, Link] = {}
         self._reopen_until = 0.0
+        steps.ask_before_replays(self.expects_volume)
 
     # --- what others see --------------------------------------------------------------------------------
 
@@ -74,6 +75,14 @@ class Links:
             return False
         is_pending = link.state == "broken" and link.failures <= PENDING_FAILURES_MAX and link.is_running
         return link.image is not None or link.is_under_way or is_pending
+
+    def expects_volume(self, entry: ImageEntry) -> bool:
+        """Whether an image that is opened now will be linked, as far as is known without asking anybody."""
+        link = self._links.get(entry.number)
+        if not self._settings.is_on or (link is not None and link.state in ("refused", "broken")):
+            return False
+        was_linked = link is not None and link.linked_at is not None
+        return was_linked or entry.local.link is not None or entry.local.no_volume == ""
 
     def states(self) -> Counter[LinkState]:
         """How many images stand where; those of no interest are left out."""
