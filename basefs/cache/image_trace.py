@@ -23,6 +23,7 @@ from basefs.cache.ledger import ChunkLedger
 from basefs.cache.trace_store import traced_image
 from basefs.cache.transfers import ImageTransfers
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 from basefs.core.boot_trace import UNIT_BYTES, BootTrace, TraceRecording
 from basefs.core.byte_ranges import chunk_span
 from basefs.core.trace_plan import TracePlan, requests_for
@@ -141,15 +142,14 @@ class ImageTrace:
     async def _record(self, recording: _Recording, kept: trio.Event) -> None:
         """Ends with the recording, once it is kept; cancelled with the service, which costs what was recorded."""
         try:
-            with trio.move_on_after(RECORD_S):
-                await recording.ended.wait()
-            if self._recording is recording:
-                self._end_recording()
-            trace = recording.units.trace(traced_image(self._entry), by_guest=recording.by_guest)
-            if self._is_worth_it(trace):
-                await self._services.traces.add(self._entry, trace)
-        except Exception:
-            log.exception("image %s: bug in the work for its boot trace", self._entry.image_id)
+            with guarded(log, "image %s: bug in the work for its boot trace", self._entry.image_id):
+                with trio.move_on_after(RECORD_S):
+                    await recording.ended.wait()
+                if self._recording is recording:
+                    self._end_recording()
+                trace = recording.units.trace(traced_image(self._entry), by_guest=recording.by_guest)
+                if self._is_worth_it(trace):
+                    await self._services.traces.add(self._entry, trace)
         finally:
             self._not_kept.discard(kept)
             kept.set()

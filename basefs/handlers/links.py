@@ -12,6 +12,7 @@ import trio
 
 from basefs import errors
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 from basefs.core.escrow import Escrow, HeldFd
 from basefs.core.retry import backoff_s
 from basefs.handlers.base import LinkReport, LinkState
@@ -217,18 +218,16 @@ class Links:
     async def run(self) -> None:
         """Remove what is this host's in Cinder and noted nowhere, once. Ends with that, or when it is cancelled."""
         failures = 0
-        while True:
-            try:
-                await self.steps.remove_unknown(lambda: list(self._entries()))
-            except errors.VolumeError as exc:
-                failures += 1
-                log.debug("not known what this host has attached: %s", exc)
-                await trio.sleep(backoff_s(failures, base_s=10.0, cap_s=600.0, jitter=0.5))
-            except Exception:  # no bug in linking may end the server that guests read from
-                log.exception("bug in the look for what this host has attached")
-                return
-            else:
-                return
+        with guarded(log, "bug in the look for what this host has attached"):
+            while True:
+                try:
+                    await self.steps.remove_unknown(lambda: list(self._entries()))
+                except errors.VolumeError as exc:
+                    failures += 1
+                    log.debug("not known what this host has attached: %s", exc)
+                    await trio.sleep(backoff_s(failures, base_s=10.0, cap_s=600.0, jitter=0.5))
+                else:
+                    return
 
     async def close(self) -> None:
         """Detach everything, within END_LIMIT_S: the mount is gone. What is left is noted."""
