@@ -218,7 +218,7 @@ class ImageTrace:
             if self._replaying is done:  # else it was closed meanwhile
                 plan = self._transfers.plan = TracePlan(requests)
                 async with trio.open_nursery() as nursery:
-                    for _ in range(min(self._services.link.parameters.in_flight, len(requests))):
+                    for _ in range(min(self._in_flight_max, len(requests))):
                         nursery.start_soon(self._fetch, plan)
             if self._replaying is done:
                 self.end_replay()
@@ -227,6 +227,12 @@ class ImageTrace:
             if self._replaying is done:
                 self._replaying, self._is_asked = None, False
             done.set()
+
+    @property
+    def _in_flight_max(self) -> int:
+        """What the link needs; a quarter of the slots is left to what is not in the trace, and to second requests."""
+        slots = self._services.slots.size
+        return min(self._services.link.parameters.in_flight, slots - max(1, slots // 4))
 
     async def _requests(self) -> list[range]:
         trace = await self._services.traces.read(self._entry)
