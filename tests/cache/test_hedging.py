@@ -238,6 +238,7 @@ def test_a_chunk_is_given_out_once_and_a_loser_gets_no_more(
         mine = race.take(runner, at[runner], stop)
         if mine is None:
             assert race.winner == 1 - runner
+            assert runner in race.beaten
             ended.add(runner)
             continue
         given_out += [chunk for run in mine for chunk in run]
