@@ -19,8 +19,9 @@ class ChunkRace:
         self._lock = threading.Lock()
         self._is_taken = bytearray(len(chunks))
         self._has_two = False
-        self._out: set[int] = set()
         self.winner: int | None = None
+        self.beaten: set[int] = set()
+        """Who was told to end."""
         self.pieces = 0
         """That came so far, whoever brought them."""
 
@@ -34,6 +35,7 @@ class ChunkRace:
             if self._has_two and self.winner is None:
                 self.winner = runner
             if self.winner not in (None, runner):
+                self.beaten.add(runner)
                 return None
             self.pieces += 1
             at = self._chunks.start

@@ -143,7 +143,7 @@ class RangedTransfers:
         is_whole = False
         try:
             await self._fetch(chunks, race.room, timing, race.claims, runner)
-            is_whole = race.claims.winner in (None, runner)  # else it was told to end
+            is_whole = runner not in race.claims.beaten
         except (errors.SourceError, errors.ImageNotFoundError) as exc:
             race.failures[runner] = exc
             race.claims.failed(runner)

@@ -22,6 +22,7 @@ class PrioritySlots:
     def __init__(self, slots: int, *, reserved: int) -> None:
         if not 0 <= reserved < slots:
             raise ValueError(f"reserved is {reserved} of {slots} slots")
+        self.size = slots
         self._free = slots
         self._left: dict[_Kind, int] = {"ahead": slots - min(1, reserved), "background": slots - reserved}
         self._waiting: dict[_Kind, deque[trio.Event]] = {"demand": deque(), "ahead": deque(), "background": deque()}

@@ -31,7 +31,7 @@ SAMPLES_MIN = 4
 BODY_BYTES_MIN = 128 * KIB
 """A shorter rest of a body says nothing of the rate: it was in the socket's buffer when its begin was read."""
 BYTES_S_MAX = 2.5e9
-CHANGE_MIN = 1.5
+CHANGE_MIN = 1.25
 """A pipe that is within this factor of the one that the parameters were made for changes nothing."""
 
 

@@ -1,6 +1,8 @@
 """A demand read that is late is made a second time: the quicker one wins, chunks are stored once, few are made."""
 
+import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import trio
@@ -13,9 +15,13 @@ from basefs.cache.chunk_race import ChunkRace
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.core.hedging import SAMPLES_MIN
 from basefs.sources.base import Deliver
-from tests.cache.conftest import CHUNK, IMAGE_ID, Fetchers
+from basefs.sources.glance import GlanceSource
+from tests.cache.conftest import CHUNK, IMAGE_ID, Fetchers, make_entry
 from tests.cache.memory_source import MemorySource
 from tests.conftest import ExpectedWarnings
+from tests.fakes.answers import hang
+from tests.fakes.front import MisbehavingFront
+from tests.sources.access import access_to
 
 WINDOW = 16 * CHUNK
 """What a miss brings, in bytes."""
@@ -232,6 +238,7 @@ def test_a_chunk_is_given_out_once_and_a_loser_gets_no_more(
         mine = race.take(runner, at[runner], stop)
         if mine is None:
             assert race.winner == 1 - runner
+            assert runner in race.beaten
             ended.add(runner)
             continue
         given_out += [chunk for run in mine for chunk in run]
@@ -239,3 +246,25 @@ def test_a_chunk_is_given_out_once_and_a_loser_gets_no_more(
     assert len(given_out) == len(set(given_out))
     done = max((at[runner] for runner in at), default=3)
     assert set(given_out) == set(range(3, done)), "what one has passed was stored by it or by the other"
+
+
+async def test_a_request_that_hangs_in_a_real_connection_is_ended_by_the_second_one(
+    fetchers: Fetchers, image: bytes, tmp_path: Path
+) -> None:
+    release = threading.Event()
+    with MisbehavingFront() as front:
+        image_id = front.glance.add(image, name="disk")
+        access = access_to(tmp_path, front.conf_lines())
+        front.on("/file", "GET").respond(hang(release), times=1)
+        entry = make_entry(len(image), image_id=image_id)
+        async with fetchers(GlanceSource(access, threads_max=4), entry=entry) as fetcher:
+            learn(fetcher)
+            with trio.fail_after(8.0):  # before the silence of the first one is given up
+                assert await read(fetcher, 0, WINDOW) == image[:WINDOW]
+                await fetcher._flights.wait_idle()
+            assert fetcher._services.hedges.won == 1
+            assert front.count("/file") == 2
+            assert access.endpoints.report()["glance"]["state"] == "answers", "no failure: nobody suspects an outage"
+            assert await read(fetcher, 40 * CHUNK, CHUNK) == image[40 * CHUNK : 41 * CHUNK]
+        release.set()
+        access.close()

@@ -16,7 +16,7 @@ from basefs.cache.hydrator import LOOK_PAUSE_S, LOWER_AGAIN_S, HydrationSettings
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits
 from basefs.catalog.records import ImageEntry
-from basefs.core.request_size import BYTES_MIN
+from basefs.core.request_size import BYTES_FIRST
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.views.choice import Views
 from tests.cache.conftest import CHUNK
@@ -196,7 +196,7 @@ async def test_the_biggest_hole_is_filled_first(tmp_path: Path, clock: trio.test
         await node.wait(lambda: is_done(entry))
         calls = [(offset, length) for _, offset, length in node.source.calls[here:]]
         assert 3 * MIB < calls[0][0] < 5 * MIB, "between the two that were read"
-        assert calls[0][1] == BYTES_MIN
+        assert calls[0][1] == BYTES_FIRST
         in_middle = [offset for offset, _ in calls if 3 * MIB < offset < 30 * MIB]
         assert [offset for offset, _ in calls[: len(in_middle)]] == sorted(in_middle)
         assert calls[len(in_middle)][0] > 30 * MIB

@@ -30,7 +30,7 @@ LINKS = tuple(
 )
 WINDOWS = (64, 128, 256, 448)
 GAPS = (0, 64, 128)
-IN_FLIGHT = (1, 2, 3, 4, 6, 7)
+IN_FLIGHT = (1, 2, 3, 4, 6)
 ON_WAY = 2
 
 
@@ -58,7 +58,7 @@ class Model:
         self._markers: dict[int, int] = {}
         planned = requests_for(units, size=size, chunk_bytes=GRANULARITY, gap_bytes=parameters.gap_bytes)
         self._plan = TracePlan(planned)
-        self._workers = min(parameters.in_flight, SLOTS - 1) if planned else 0
+        self._workers = min(parameters.in_flight, SLOTS - SLOTS // 4) if planned else 0
         self._requests = self._fetched = 0
 
     def run(self) -> Outcome:
