@@ -13,6 +13,7 @@ from basefs.core import inodes
 from basefs.fuse.directories import Directories
 from basefs.fuse.errno_edge import edge
 from basefs.fuse.image_files import ImageFiles
+from basefs.fuse.listing_page import Token
 from basefs.fuse.lower import LowerTree
 from basefs.fuse.request_stats import RequestStats
 from basefs.fuse.virtual_tree import BASEFS_NAME, VirtualTree
@@ -353,7 +354,7 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileHandleT(self._directories.open(inode, ctx))
 
     @edge
-    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: Token) -> None:
         """One page of a listing."""
         self.requests["readdir"] += 1
         await self._directories.read(fh, start_id, token)
