@@ -7,12 +7,15 @@ Invariants:
 - `ready`, one byte a chunk (NOT_READY: not to be served; READY; READY_MARKED: serve, but tell the planner first;
   READY_AGED: serve, but note the use first), is in memory and begins as zeros. A chunk becomes ready only by
   `mark_ready`, after it was written or verified in the life of this server.
+- Once the image is shared with readers `ready` is a memfd, and what is not ready any more is told by the generation
+  in the table as well, before its bytes change: a reader that looks at both around its read has the bytes of one time.
 - Nothing of the cache disk is mapped: a mapped page that the disk cannot give or take (EIO, read-only) is a
   SIGBUS that ends the server, and one that it does not give (a disk that hangs) stops the loop.
 
 Methods that say "thread" block on the disk and are called through `BlockingCalls`; the others touch memory only.
 """
 
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -22,6 +25,7 @@ from pathlib import Path
 from basefs import errors
 from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_buffer, hit_targets
 from basefs.cache.holes import punch_hole
+from basefs.cache.reader_table import Entry, ReaderTable, Share
 from basefs.core.byte_ranges import runs
 from basefs.core.chunk_map import PAGE, SUM_BYTES, SUMS_OFFSET, ChunkMapHeader, checksum, parse_header
 
@@ -62,6 +66,7 @@ class ChunkFile:
         self._shift = header.chunk_bytes.bit_length() - 1
         self.seed = header.seed()
         self._ready = memoryview(bytearray(header.chunks))
+        self._share: tuple[Share, Entry] | None = None
         self._zeros = bytes(header.chunk_bytes)
 
     def hit(self, offset: int, size: int) -> memoryview | bytes | None:
@@ -119,14 +124,41 @@ class ChunkFile:
     def mark_not_ready(self, index: int) -> None:
         """Stop serving chunk `index`."""
         self._ready[index] = NOT_READY
+        if self._share is not None:
+            self._share[1].lost()
 
     def mark_none_ready(self) -> None:
         """Stop serving every chunk."""
         self._ready[:] = bytes(len(self._ready))
+        if self._share is not None:
+            self._share[1].lost()
 
     def age_all(self) -> None:
         """Have the next touch of each chunk take the slow path once, which notes it as recently used."""
         self._ready[:] = bytes(self._ready).translate(_AGED)
+
+    def share(self, number: int, table: ReaderTable) -> Share | None:
+        """What readers serve the image with, until `close`; None when the table is full.
+
+        From the first call on `ready` is in memory that they see.
+        """
+        if self._share is None and (entry := table.list(number)) is not None:
+            ready_fd = os.memfd_create("basefs-ready", os.MFD_CLOEXEC)
+            os.ftruncate(ready_fd, self.header.chunks)
+            shared = memoryview(mmap.mmap(ready_fd, self.header.chunks))
+            shared[:] = self._ready
+            self._ready = shared
+            share = Share(
+                number=number,
+                entry=entry.word,
+                serial=entry.serial,
+                size=self.size,
+                chunk_shift=self._shift,
+                data_fd=self.data_fd,
+                ready_fd=ready_fd,
+            )
+            self._share = share, entry
+        return None if self._share is None else self._share[0]
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `[offset, offset + length)` from the disk (thread).
@@ -262,8 +294,12 @@ class ChunkFile:
 
     def close(self) -> None:
         """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
+        fds = [self.data_fd, self._map_fd]
+        if self._share is not None:
+            self._share[1].revoke()
+            fds.append(self._share[0].ready_fd)
         self._ready.release()
-        for fd in (self.data_fd, self._map_fd):
+        for fd in fds:
             with suppress(OSError):  # what a bad disk has to say; the fd is gone all the same
                 os.close(fd)
 

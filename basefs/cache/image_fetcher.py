@@ -22,6 +22,7 @@ from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.image_map import ImageCells, cells_of
 from basefs.cache.image_trace import ImageTrace
 from basefs.cache.ledger import STORED, ChunkLedger
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
@@ -82,6 +83,10 @@ class ImageFetcher:
     def has_file(self) -> bool:
         """Whether there is a chunk file; without one nothing is stored."""
         return self._ledger.file is not None
+
+    def share(self, table: ReaderTable) -> Share | None:
+        """What readers serve hits with; None while there is no chunk file."""
+        return None if self._ledger.file is None else self._ledger.file.share(self.entry.number, table)
 
     def adopt(self, file: ChunkFile, states: bytearray) -> None:
         """Use the chunk file that could not be opened before. Its chunks are as large as those here."""

@@ -5,6 +5,7 @@ The order of calls, the errors and the flags of a reply are those of pyfuse3's h
 """
 
 import errno
+import logging
 import os
 import struct
 import time
@@ -18,6 +19,8 @@ import pyfuse3
 from basefs.core import fuse_wire as wire
 from basefs.core.fuse_wire import Opcode, Request, SetattrValid
 from basefs.fuse.listing_page import ListingPage
+
+log = logging.getLogger(__name__)
 
 Body = bytes | bytearray | memoryview
 Face = Any
@@ -65,6 +68,9 @@ async def answer(operations: Face, request: Request) -> list[Body]:
         code = exc.errno
     except (ValueError, struct.error):
         code = errno.EINVAL
+    except Exception:
+        log.exception("bug in a forwarded request of opcode %d", request.opcode)
+        code = errno.EIO
     else:
         if request.opcode in wire.NO_REPLY:
             return []
@@ -72,6 +78,11 @@ async def answer(operations: Face, request: Request) -> list[Body]:
             return [wire.reply_header(request.unique, len(body)), body]
         code = 0
     return [] if request.opcode in wire.NO_REPLY else [wire.error_reply(request.unique, code)]
+
+
+def read_reply(request: Request, data: Body) -> list[Body]:
+    """The whole reply to a READ in pieces."""
+    return [wire.reply_header(request.unique, len(data)), data]
 
 
 def _caller(request: Request, umask: int = 0) -> Caller:

@@ -14,6 +14,7 @@ from basefs.cache.evictor import EvictionCounters, Evictor
 from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.overlays import OverlayWatch
 from basefs.cache.pace import Pace
+from basefs.cache.reader_table import ReaderTable
 from basefs.cache.space import CacheLimits, CacheSpace
 from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
@@ -79,6 +80,7 @@ async def build_cache(
     forget_pages: Callable[[ImageEntry], None],
     is_first: bool,
     graduated: GraduatedImages,
+    reader_table: ReaderTable,
 ) -> CacheParts:
     """The parts, at work in the service nursery. What is there already is counted meanwhile; only writes wait for it.
 
@@ -115,6 +117,7 @@ async def build_cache(
         traces=TraceStore(settings.cache_dir / "traces", disk),
         outage=outage,
         forget_pages=forget,
+        reader_table=reader_table,
         pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),
     )
     handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views, graduated=graduated)
