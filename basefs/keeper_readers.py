@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from signal import SIGKILL
 from typing import Any
 
 from basefs.hardening import set_oom_score
@@ -28,6 +29,7 @@ log = logging.getLogger("basefs.keeper")
 READERS_MAX = 16
 STEADY_S = 10.0
 """A reader that lived so long is replaced at once; others after a pause that doubles."""
+QUICK_S = 0.2
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 30.0
 QUICK_DEATHS_MAX = 3
@@ -237,15 +239,23 @@ class Readers:
         if was_asked:
             seat.quick_deaths, delay_s = 0, 0.0
         else:
-            self._deaths += 1
-            is_quick = now_s - seat.started_s < STEADY_S
-            seat.quick_deaths = seat.quick_deaths + 1 if is_quick else 0
-            delay_s = min(BACKOFF_FIRST_S * 2**seat.quick_deaths, BACKOFF_MAX_S) if seat.quick_deaths > 1 else 0.0
+            delay_s = self._died(seat, now_s - seat.started_s, was_killed=exit_code == -SIGKILL and not reader.failure)
             why = reader.failure or describe_exit(exit_code)
             log.warning("reader %d died (%s); starting another", seat.number, why)
         seat.next_s = now_s + delay_s if is_wanted else None
         if not is_wanted or seat.quick_deaths >= QUICK_DEATHS_MAX:
             self._hand_back(seat)
+
+    def _died(self, seat: _Seat, lived_s: float, *, was_killed: bool) -> float:
+        """Seconds to wait before the next one. A SIGKILL from outside says nothing against what is in the slots."""
+        self._deaths += 1
+        if lived_s >= STEADY_S:
+            seat.quick_deaths = 0
+        elif not was_killed:
+            seat.quick_deaths += 1
+        if lived_s >= QUICK_S and seat.quick_deaths <= 1:
+            return 0.0
+        return min(BACKOFF_FIRST_S * float(1 << max(0, seat.quick_deaths - 1)), BACKOFF_MAX_S)
 
     def _hand_back(self, seat: _Seat) -> None:
         """Let anybody have what this reader's successors would: there is none, or it ends them.

@@ -44,7 +44,7 @@ LENGTH_BYTES = 4
 
 
 class ReaderLink:
-    """One reader, from its connection to its end. It owns its fds."""
+    """One reader, from its connection to its end. It owns its socket and `slots_fd`."""
 
     def __init__(self, number: int, sock: socket.socket, clone_fd: int, slots_fd: int) -> None:
         self.number = number
@@ -88,9 +88,8 @@ class ReaderLink:
         return True
 
     def close(self) -> None:
-        """Give the fds back."""
+        """It is not heard any more; what it had handed on is still answered."""
         self.sock.close()
-        os.close(self.clone_fd)
         self.ended.set()
 
 
@@ -105,6 +104,7 @@ class Readers:
         self.room = trio.Semaphore(requests_max)
         self._arrived, self._arrivals = trio.open_memory_channel[ReaderLink](float("inf"))
         self._links: dict[int, ReaderLink] = {}
+        self._clones: dict[int, int] = {}
         self._last_uniques: dict[int, int] = {}
         self._ended_counts = [0, 0, 0]
         table.revoked = self._sweep
@@ -113,7 +113,11 @@ class Readers:
         """A reader is there: its socket, its clone of /dev/fuse and its slots, all ours from here."""
         sock = socket.socket(fileno=fds[0])
         sock.setblocking(False)
-        self._arrived.send_nowait(ReaderLink(number, sock, fds[1], fds[2]))
+        # One clone a number, which all readers of that number had: kept, for what they handed on outlives them.
+        clone_fd = self._clones.setdefault(number, fds[1])
+        if clone_fd != fds[1]:
+            os.close(fds[1])
+        self._arrived.send_nowait(ReaderLink(number, sock, clone_fd, fds[2]))
 
     @property
     def is_none(self) -> bool:
