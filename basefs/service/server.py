@@ -203,6 +203,7 @@ class Service:
                 integrity=integrity,
                 graduator=graduator,
                 linking=linking,
+                readers=readers,
                 is_serving=lambda: view.state == "serving",
             )
         )
