@@ -26,9 +26,17 @@ TABLE_BYTES = 8 * (TABLE_HEADER_WORDS + TABLE_ENTRIES * TABLE_WORDS)
 NUMBER, SERIAL, GENERATION = range(3)
 
 MESSAGE = struct.Struct("<IIQQQQQ")
-"""Server to reader: kind, log2 of the chunk size, inode, word of the entry, serial, bytes shown, nothing."""
+"""Server to reader: kind, log2 of the chunk size, inode, word of the entry, serial, bytes shown, log2 of the size of
+a cluster (0: what is stored is shown as it is)."""
 TABLE, IMAGE, SWEEP = 1, 2, 3
-"""With the table's fd; with the fds of an image's bytes and of its `ready`; close what was revoked."""
+"""With the table's fd; with the fds of an image's bytes, of its `ready`, and of its cluster map if it has clusters;
+close what was revoked."""
+
+UNKNOWN, ZEROS = 0, 1
+"""What the cluster map says of a cluster of the disk that is shown: ask the server; zeros. Any other word is where the
+cluster is in the image's bytes."""
+MAP_BYTES_MAX = 16 << 20
+"""Of a larger map (a disk of 128 GiB at the default cluster size) there is none, and the server answers all."""
 
 READY = 1
 """The value of `ready` that a reader serves; any other is for the server (cache/chunk_file.py)."""

@@ -137,28 +137,43 @@ class ChunkFile:
         """Have the next touch of each chunk take the slow path once, which notes it as recently used."""
         self._ready[:] = bytes(self._ready).translate(_AGED)
 
-    def share(self, number: int, table: ReaderTable) -> Share | None:
+    def share(self, number: int, table: ReaderTable, *, cluster_bits: int = 0, shown_bytes: int = 0) -> Share | None:
         """What readers serve the image with, until `close`; None when the table is full.
 
-        From the first call on `ready` is in memory that they see.
+        From the first call on `ready` is in memory that they see. With `cluster_bits` they are shown a disk of
+        `shown_bytes`, by a cluster map that begins as UNKNOWN.
         """
         if self._share is None and (entry := table.list(number)) is not None:
-            ready_fd = os.memfd_create("basefs-ready", os.MFD_CLOEXEC)
-            os.ftruncate(ready_fd, self.header.chunks)
-            shared = memoryview(mmap.mmap(ready_fd, self.header.chunks))
+            ready_fd, shared = _shared_memory("basefs-ready", self.header.chunks)
             shared[:] = self._ready
             self._ready = shared
+            map_fd, cluster_map = -1, None
+            if cluster_bits:
+                words = -(-shown_bytes >> cluster_bits)
+                map_fd, memory = _shared_memory("basefs-clusters", 8 * words)
+                cluster_map = memory.cast("Q")
             share = Share(
                 number=number,
                 entry=entry.word,
                 serial=entry.serial,
-                size=self.size,
+                size=shown_bytes if cluster_bits else self.size,
                 chunk_shift=self._shift,
                 data_fd=self.data_fd,
                 ready_fd=ready_fd,
+                cluster_bits=cluster_bits,
+                map_fd=map_fd,
+                cluster_map=cluster_map,
             )
             self._share = share, entry
         return None if self._share is None else self._share[0]
+
+    def forget_clusters(self) -> None:
+        """What the cluster map says may be wrong: readers know of no cluster."""
+        if self._share is not None:
+            share, entry = self._share
+            if share.cluster_map is not None:
+                share.cluster_map[:] = memoryview(bytes(8 * len(share.cluster_map))).cast("Q")
+            entry.lost()
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `[offset, offset + length)` from the disk (thread).
@@ -296,12 +311,21 @@ class ChunkFile:
         """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
         fds = [self.data_fd, self._map_fd]
         if self._share is not None:
-            self._share[1].revoke()
-            fds.append(self._share[0].ready_fd)
+            share, entry = self._share
+            self._share = None
+            entry.revoke()
+            fds += [fd for fd in (share.ready_fd, share.map_fd) if fd >= 0]
         self._ready.release()
         for fd in fds:
             with suppress(OSError):  # what a bad disk has to say; the fd is gone all the same
                 os.close(fd)
+
+
+def _shared_memory(name: str, size: int) -> tuple[int, memoryview]:
+    """The fd of a memfd of zeros, and its memory."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    return fd, memoryview(mmap.mmap(fd, size))
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:

@@ -38,6 +38,10 @@ class Share:
     chunk_shift: int
     data_fd: int
     ready_fd: int
+    cluster_bits: int = 0
+    map_fd: int = -1
+    cluster_map: memoryview | None = None
+    """Words of 8 bytes, one a cluster; see `reader_layout`."""
 
 
 def new_table() -> int:

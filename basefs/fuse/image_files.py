@@ -263,13 +263,13 @@ class ImageFiles:
             raise errors.InternalError(f"image {entry.image_id}: {len(data)} bytes for {wanted} at {offset}")
         return data
 
-    async def share(self, number: int, table: ReaderTable) -> Share | None:
-        """What reader processes serve hits of an image with that was just read; None where they cannot.
+    async def share(self, number: int, table: ReaderTable, offset: int, size: int) -> Share | None:
+        """What reader processes serve hits of an image with that was just read there; None where they cannot.
 
         Raises:
             BasefsError: it cannot be prepared any more.
         """
-        return (await self._handler.fetch_image(self.entry_of(number))).share(table)
+        return (await self._handler.fetch_image(self.entry_of(number))).share(table, offset, size)
 
     def release(self, handle: int) -> None:
         """One handle fewer; after the last one of an unlinked image its local bytes are dropped.

@@ -44,8 +44,11 @@ class PreparedImage(Protocol):
     The answer is valid until the next await. Never raises.
     """
 
-    def share(self, table: ReaderTable) -> Share | None:
-        """What reader processes serve hits of the image with; None where they cannot."""
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:
+        """What reader processes serve hits of the image with, now those of `[offset, offset + size)`, too.
+
+        None where they cannot.
+        """
         ...
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes | memoryview:

@@ -27,6 +27,7 @@ from basefs.core.inodes import image_inode, image_number_of
 from basefs.handlers.viewed import ViewedImage
 from basefs.views.choice import Views
 from basefs.views.qcow2 import Qcow2View
+from basefs.views.qcow2_sharing import SharedClusters
 from basefs.views.stored import StoredView
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ class DownloadedImage(ViewedImage):
     def __init__(self, fetcher: ImageFetcher, view: StoredView | Qcow2View) -> None:
         super().__init__(view)
         self.fetcher = fetcher
-        self._is_stored = isinstance(view, StoredView)
+        self._clusters = None if isinstance(view, StoredView) else SharedClusters(view, fetcher)
 
-    def share(self, table: ReaderTable) -> Share | None:
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:
         """See `PreparedImage.share`."""
-        return self.fetcher.share(table) if self._is_stored else None
+        if self._clusters is None:
+            return self.fetcher.share(table)
+        return self._clusters.share(table, offset, size)
 
 
 class DownloadedImages:

@@ -65,7 +65,7 @@ class GraduatedImage:
             pass
         return None
 
-    def share(self, table: ReaderTable) -> Share | None:  # noqa: ARG002
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002
         """See `PreparedImage.share`."""
         return None
 

@@ -135,7 +135,7 @@ class ReopeningImage:
         """See `PreparedImage.size`."""
         return self._entry.shown_size
 
-    def share(self, table: ReaderTable) -> Share | None:  # noqa: ARG002 (what comes next may have one)
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002 (what comes next may have one)
         """See `PreparedImage.share`."""
         return None
 

@@ -70,9 +70,11 @@ class ReaderLink:
         """Let it serve the image; once is enough."""
         if self._told.get(share.number) != share.serial:
             message = MESSAGE.pack(
-                IMAGE, share.chunk_shift, image_inode(share.number), share.entry, share.serial, share.size, 0
-            )
-            if self._send(message, [share.data_fd, share.ready_fd]):
+                IMAGE, share.chunk_shift, image_inode(share.number), share.entry, share.serial, share.size,
+                share.cluster_bits,
+            )  # fmt: skip
+            fds = [share.data_fd, share.ready_fd]
+            if self._send(message, [*fds, share.map_fd] if share.cluster_bits else fds):
                 self._told[share.number] = share.serial
 
     def tell_sweep(self) -> None:
@@ -198,9 +200,9 @@ class Readers:
             self.room.release()
 
     async def _offer(self, link: ReaderLink, request: Request) -> None:
-        handle, *_ = READ_IN.unpack_from(request.body)
+        handle, offset, size, *_ = READ_IN.unpack_from(request.body)
         found = image_of_handle(handle)
         if found is not None:
-            share = await self._images.share(found[0], self._table)
+            share = await self._images.share(found[0], self._table, offset, size)
             if share is not None:
                 link.tell_image(share)

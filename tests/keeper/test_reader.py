@@ -200,6 +200,7 @@ def test_without_a_server_hits_go_on_and_the_rest_waits_for_the_next_one(rig: Ri
         rig.kernel.send(lookup_of(2 * number + 100))
         rig.kernel.send(read_of(2 * number + 2, 0, 4096))
         assert rig.kernel.recv(1 << 20) == wire.reply_header(2 * number + 2, 4096) + CONTENT[:4096]
+    rig.settle()
     assert len(taken_slots(Place(0, rig.slots_fd))) == 5
     rig.new_server()
     # It asks the kernel for each whether it still waits; a socket takes every answer.

@@ -86,7 +86,7 @@ def face() -> Face:
 
 @pytest.fixture
 def readers(face: Face) -> Readers:
-    async def share(_number: int, _table: ReaderTable) -> None:
+    async def share(_number: int, _table: ReaderTable, _offset: int, _size: int) -> None:
         return None
 
     return Readers(face, SimpleNamespace(share=share), ReaderTable(new_table()), requests_max=4)  # type: ignore[arg-type]
