@@ -9,6 +9,7 @@ from basefs.cache.disk_health import DiskHealth
 from basefs.cache.evictor import Evictor
 from basefs.cache.link_meter import LinkMeter
 from basefs.cache.pace import Pace
+from basefs.cache.reader_table import ReaderTable
 from basefs.cache.space import CacheSpace
 from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
@@ -57,6 +58,8 @@ class FetchServices:
     traces: TraceStore
     forget_pages: Callable[[ImageEntry], None] = lambda _entry: None
     """Have the kernel throw away what it keeps of the image: some of it was wrong."""
+    reader_table: ReaderTable | None = None
+    """What readers look at before they serve an image; None where there are none."""
     outage: Outage = field(default_factory=Outage)
     readers: WaitingReaders = field(default_factory=WaitingReaders)
     pace: Pace = field(default_factory=Pace)

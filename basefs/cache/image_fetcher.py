@@ -23,6 +23,7 @@ from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.image_map import ImageCells, cells_of
 from basefs.cache.image_trace import ImageTrace
 from basefs.cache.ledger import STORED, ChunkLedger
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
@@ -83,6 +84,18 @@ class ImageFetcher:
     def has_file(self) -> bool:
         """Whether there is a chunk file; without one nothing is stored."""
         return self._ledger.file is not None
+
+    def share(self, table: ReaderTable, *, cluster_bits: int = 0, shown_bytes: int = 0) -> Share | None:
+        """See `ChunkFile.share`; None while there is no chunk file."""
+        file = self._ledger.file
+        if file is None:
+            return None
+        return file.share(self.entry.number, table, cluster_bits=cluster_bits, shown_bytes=shown_bytes)
+
+    def forget_clusters(self) -> None:
+        """See `ChunkFile.forget_clusters`."""
+        if self._ledger.file is not None:
+            self._ledger.file.forget_clusters()
 
     def adopt(self, file: ChunkFile, states: bytearray) -> None:
         """Use the chunk file that could not be opened before. Its chunks are as large as those here."""

@@ -129,6 +129,13 @@ _FETCHING = [
         "further ones wait in the kernel, those for cached bytes too. So as many reads may wait for Glance before "
         "others wait for them; each costs about 8 KiB of memory.",
     ),
+    cfg.IntOpt(
+        "readers",
+        min=0,
+        max=16,
+        help="Processes beside the server that answer reads of cached images by themselves; they go on while the "
+        "server is replaced. 0: none. Default: one less than there are processors, at least 1, at most 4.",
+    ),
 ]
 
 _TIMES = [

@@ -34,6 +34,7 @@ class Settings:
     fetch_request_bytes_max: int
     read_ahead_bytes: int
     max_background: int
+    readers: int
     catalog_refresh_s: float
     catalog_full_refresh_s: float
     lookup_deadline_s: float

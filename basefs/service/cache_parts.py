@@ -15,6 +15,7 @@ from basefs.cache.evictor import EvictionCounters, Evictor
 from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.overlays import OverlayWatch
 from basefs.cache.pace import Pace
+from basefs.cache.reader_table import ReaderTable
 from basefs.cache.space import CacheLimits, CacheSpace
 from basefs.cache.trace_sharing import Publish, TraceSharing
 from basefs.cache.trace_store import TraceStore
@@ -94,6 +95,7 @@ async def build_cache(
     is_first: bool,
     graduated: GraduatedImages,
     publish_trace: Publish,
+    reader_table: ReaderTable,
 ) -> CacheParts:
     """The parts, at work in the service nursery. What is there already is counted meanwhile; only writes wait for it.
 
@@ -132,6 +134,7 @@ async def build_cache(
         traces=TraceStore(settings.cache_dir / "traces", disk, sharing),
         outage=outage,
         forget_pages=forget,
+        reader_table=reader_table,
         pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),
     )
     handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views, graduated=graduated)

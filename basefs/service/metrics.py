@@ -28,6 +28,7 @@ from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.linking import Linking
 from basefs.service.metrics_table import Sample
+from basefs.service.readers import Readers
 from basefs.sources.access import GlanceAccess
 from basefs.sources.glance import GlanceSource
 from basefs.sources.request_stats import RequestKind
@@ -86,6 +87,7 @@ class MetricsParts:
     integrity: Integrity
     graduator: Graduator
     linking: Linking
+    readers: Readers
     is_serving: Callable[[], bool]
 
 
@@ -124,6 +126,10 @@ class Metrics:
         yield "basefs_server_restarts_total", (), begun.get("restarts", 0)
         yield "basefs_server_start_info", (str(begun.get("reason", "first")), str(begun.get("last_death") or "")), 1
         yield "basefs_keeper_connected", (), float(parts.channel.is_connected)
+        by_readers = parts.readers.counts()
+        yield "basefs_readers", (), by_readers["readers"]
+        yield "basefs_reader_hits_total", (), by_readers["hits"]
+        yield "basefs_reader_forwarded_total", (), by_readers["forwarded"]
         for level in ("warning", "error", "critical"):
             yield "basefs_log_records_total", (level,), parts.records.counts[level]
         yield "basefs_log_records_lost_total", (), parts.records.lost
@@ -142,9 +148,10 @@ class Metrics:
 
     def _cache(self) -> Iterator[Sample]:
         parts = self._parts
-        yield "basefs_cache_hits_total", (), parts.operations.hits
+        by_readers = parts.readers.counts()
+        yield "basefs_cache_hits_total", (), parts.operations.hits + by_readers["hits"]
         yield "basefs_cache_misses_total", (), parts.operations.misses
-        yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes
+        yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes + by_readers["hit_bytes"]
         yield "basefs_cache_damaged_chunks_total", (), parts.counters.damaged_chunks
         yield "basefs_replayed_bytes_total", (), parts.counters.replayed_bytes
         yield "basefs_hydrated_bytes_total", (), parts.counters.hydrated_bytes

@@ -16,6 +16,7 @@ import os
 import pwd
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -45,14 +46,15 @@ from basefs.service.cache_parts import STREAMS_MAX, build_cache
 from basefs.service.drain import Drain
 from basefs.service.graduation_parts import build_graduator
 from basefs.service.hydration import build_hydrator
-from basefs.service.inherited import open_database, open_graduated, open_lower_tree, open_open_table
+from basefs.service.inherited import open_database, open_graduated, open_lower_tree, open_open_table, open_reader_table
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.last_config import Loaded
 from basefs.service.linking import Linking, build_linking
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.process import outlive_keeper
-from basefs.service.session import serve_session
+from basefs.service.readers import Readers
+from basefs.service.session import SYNCHRONOUS_MAX, serve_session
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
 from basefs.sources.glance import GlanceSource
@@ -118,6 +120,7 @@ class Service:
         source = tier or glance
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
+        reader_table = await open_reader_table(self._channel)
         graduated = await open_graduated(self._arguments.lower_fd, self._channel, nursery, catalog)
         linking: Linking | None = None
 
@@ -139,6 +142,7 @@ class Service:
             is_first=is_first,
             graduated=graduated,
             publish_trace=metadata.set_boot_trace,
+            reader_table=reader_table,
         )
         handler = cache.handler
         linking = build_linking(self._loaded, settings, catalog, cache, self._access, self._channel, database, nursery)
@@ -189,6 +193,9 @@ class Service:
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
+        readers = Readers(view.operations, images, reader_table, requests_max=settings.max_background + SYNCHRONOUS_MAX)
+        # Places of readers that an earlier server wanted may still have some, for a moment.
+        is_shared = settings.readers > 0 or int(self._channel.begun.get("reader_places", 0)) > 0
         metrics = Metrics(
             MetricsParts(
                 catalog=catalog,
@@ -205,6 +212,7 @@ class Service:
                 integrity=integrity,
                 graduator=graduator,
                 linking=linking,
+                readers=readers,
                 is_serving=lambda: view.state == "serving",
             )
         )
@@ -218,7 +226,11 @@ class Service:
         try:
             async with trio.open_nursery() as session:
                 await session.start(
-                    serve_session, view.operations, self._arguments.session_fd, self._channel, settings.max_background
+                    partial(serve_session, readers=readers if is_shared else None),
+                    view.operations,
+                    self._arguments.session_fd,
+                    self._channel,
+                    settings.max_background,
                 )
                 view.state = "serving"
                 log.info("serving %s with %d known images", settings.mountpoint, len(catalog))

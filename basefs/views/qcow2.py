@@ -58,6 +58,29 @@ class Qcow2View:
         """Bytes shown; 0 until the content was checked."""
         return self._entry.local.shown_size or 0
 
+    @property
+    def layout(self) -> Qcow2Layout | None:
+        """Where tables and clusters are; None until the header was read."""
+        return self._image.layout
+
+    def when_forgotten(self, call: Callable[[], None]) -> None:
+        """Have `call` called when what was read of the image may have been wrong."""
+        self._image.forgotten = call
+
+    def known_extents(self, offset: int) -> list[Extent] | None:
+        """Where the cluster of the disk at `offset`, its first byte, is; None when its table is not in memory.
+
+        Raises:
+            Qcow2TableError: its entry cannot be.
+        """
+        layout = self._image.layout
+        if layout is None:
+            return None
+        table = self._slices.get((self._number, offset >> layout.slice_shift))
+        if table is None:
+            return None
+        return _extents(layout, table, offset, min(offset + layout.cluster_bytes, layout.size))
+
     def hit(self, offset: int, size: int) -> memoryview | bytes | None:
         """See `PreparedImage.hit`."""
         layout = self._image.layout
