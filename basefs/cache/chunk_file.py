@@ -15,6 +15,7 @@ Methods that say "thread" block on the disk and are called through `BlockingCall
 
 import os
 import struct
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,7 @@ class ChunkFile:
         self.seed = header.seed()
         self._ready = memoryview(bytearray(header.chunks))
         self._zeros = bytes(header.chunk_bytes)
+        self._writing = threading.Lock()  # the kernel lets one write at a time, and the others spin for their turn
 
     def hit(self, offset: int, size: int) -> memoryview | bytes | None:
         """The bytes of `[offset, offset + size)` up to the end of the image, if they can be had at once.
@@ -207,7 +209,8 @@ class ChunkFile:
                 for at, chunk in enumerate(chunks):
                     self._write_chunk(offset + at * chunk_bytes, chunk)
             else:
-                _write_all(self.data_fd, view, offset)
+                with self._writing:
+                    _write_all(self.data_fd, view, offset)
             packed = struct.pack(f"<{len(sums)}Q", *sums)
             _write_all(self._map_fd, memoryview(packed), SUMS_OFFSET + SUM_BYTES * (offset // chunk_bytes))
         except OSError as exc:

@@ -155,9 +155,9 @@ class ImageTrace:
             kept.set()
 
     def _is_worth_it(self, trace: BootTrace) -> bool:
-        """Whether there is something to fetch ahead, and it is no copy: one who reads most of it needs no trace."""
+        """Whether there is something to fetch ahead, and it is no copy: who reads most of an image needs no trace."""
         beyond = sum(1 for unit in trace.units() if unit >= HEADER_UNITS)
-        return beyond >= UNITS_MIN and trace.traced_bytes <= self._ledger.size // 2 and not self._ledger.is_sealed
+        return beyond >= UNITS_MIN and not trace.is_copy and not self._ledger.is_sealed
 
     # --- replay -----------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from basefs.cache.waiters import WaiterBoard
 from basefs.catalog.records import ImageEntry
 from basefs.core.request_size import RequestSize
 
-PIECE_BYTES_MAX = 1 << 20
+PIECE_BYTES_MAX = 4 << 20
 FIRST, SECOND = 0, 1
 
 

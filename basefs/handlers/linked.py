@@ -63,7 +63,7 @@ class VolumeSource:
         """See `ChunkFile.hit_into`."""
         return self._read_now([target], offset)
 
-    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
+    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes | memoryview:
         """See `ImageFetcher.read`, which has the last word."""
         until = trio.current_time() + deadline_s
         data = await self.volume_read(offset, length, limit_s=min(HANG_S, deadline_s / 2))

@@ -15,6 +15,7 @@ from basefs.core.boot_trace import (
     UNREAD_MAX,
     BootTrace,
     TracedImage,
+    TraceRange,
     TraceRecording,
     merged,
 )
@@ -70,6 +71,26 @@ def test_a_trace_is_bounded_whatever_is_read() -> None:
 def test_the_bytes_of_a_trace_are_counted_to_the_end_of_the_image() -> None:
     assert recorded([(0, 0), (300, 0)]).traced_bytes == UNIT_BYTES + 5
     assert recorded([(0, 0), (299, 0)]).traced_bytes == 2 * UNIT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("mib", "others", "is_copy"),
+    [(256, 0, True), (40, 0, True), (32, 0, False), (40, 5, True), (40, 20, False), (600, 0, True)],
+)
+def test_one_long_piece_and_little_else_is_a_copy(mib: int, others: int, is_copy: bool) -> None:
+    image = TracedImage(image_id="large", size=1 << 30, os_hash_algo=None, os_hash_value=None)
+    pieces = [TraceRange(64, mib * 16, 1), *(TraceRange(12_000 + 20 * n, 16, 2) for n in range(others))]
+    assert BootTrace(image=image, boots=1, by_guest=True, ranges=tuple(pieces)).is_copy == is_copy
+
+
+def test_most_of_a_small_image_is_a_copy_in_whatever_order() -> None:
+    assert recorded([(n * 7 % 300, 0) for n in range(151)]).is_copy
+    assert not recorded([(n * 7 % 300, 0) for n in range(150)]).is_copy
+
+
+def test_the_recorded_boot_is_no_copy() -> None:
+    image = TracedImage(image_id="debian", size=489 << 20, os_hash_algo=None, os_hash_value=None)
+    assert not recorded([(unit, 0) for unit in boot_units()], image=image).is_copy
 
 
 @given(touches, touches)

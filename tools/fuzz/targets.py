@@ -333,6 +333,39 @@ def qcow2_images(directory: Path) -> Target:
     return target
 
 
+def deflate_streams(_directory: Path) -> Target:
+    """Compressed clusters: what zlib makes of them, which qemu uses, whatever inflates them."""
+    import zlib
+
+    from basefs.views.qcow2_inflate import inflate
+
+    cluster = 1 << 16
+    text = b"".join(b"%d bottles of beer on wall %d, " % (n, n * n) for n in range(cluster // 16))[:cluster]
+    streams = []
+    for content, window_bits, strategy in (
+        (text, -12, zlib.Z_DEFAULT_STRATEGY),
+        (text, -15, zlib.Z_DEFAULT_STRATEGY),
+        (text, -12, zlib.Z_FIXED),
+        (IMAGE[: cluster // 2] + bytes(cluster // 2), -12, zlib.Z_HUFFMAN_ONLY),
+        (text[: cluster // 2], -12, zlib.Z_DEFAULT_STRATEGY),
+    ):
+        packer = zlib.compressobj(9, zlib.DEFLATED, window_bits, 9, strategy)
+        streams.append(packer.compress(content) + packer.flush())
+
+    def target(data: bytes) -> None:
+        packed = spliced(streams[data[0] % len(streams)], data[1:]) if data else b""
+        try:
+            found = zlib.decompressobj(-15).decompress(packed, cluster)
+        except zlib.error:
+            found = b""
+        try:
+            assert inflate(packed, cluster, "zlib") == found
+        except ValueError:
+            assert len(found) < cluster
+
+    return target
+
+
 TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
     "chunk-files": (chunk_files, [b"\0" * 8, b"\1\0\0\1\0\x08abcdefgh", b"\2\3\0\2\0\x10" + bytes(range(64))]),
     "state-database": (state_database, [b"\0" * 8, b"\1\0\x20\0\x04null", b'\2\0\x1f\0\x08{}[]12""']),
@@ -358,6 +391,13 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
                 bytes([which, 1, 0, 6, 0, 8, 0x40]) + bytes(7) + bytes([1, 8, 2, 0, 8, 0x80, 0, 0, 0, 0, 0, 4, 0])
                 for which in range(6)
             ),
+        ],
+    ),
+    "deflate-streams": (
+        deflate_streams,
+        [
+            *(bytes([which]) for which in range(5)),
+            *(bytes([which, 3, at, 0, 0, 4, 0x55, 0xAA, 0, 1]) for which in range(5) for at in (0, 4, 40)),
         ],
     ),
     "metadata": (metadata, [b'{"id": "1", "status": "active", "size": 3}', b"2026-11-22T00:00:00Z", b"[" * 5000]),
