@@ -5,6 +5,7 @@ leads nowhere. No proxy, no netrc, no cookies, no redirects.
 """
 
 import http.cookiejar
+import logging
 import socket
 from collections.abc import Mapping
 
@@ -26,16 +27,32 @@ def guarded_session(hosts: AllowedHosts, *, verify: bool | str, connections_max:
 
     A request to another address raises SourceForbiddenError. `verify`: as requests has it.
     """
-    session = requests.Session()
+    session = _Session()
     session.trust_env = False
     session.verify = verify
-    session.max_redirects = 0
     session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
     session.headers.clear()
     adapter = _adapter_class(hosts)(pool_connections=8, pool_maxsize=connections_max)
     for scheme in list(session.adapters):
         session.mount(scheme, adapter)
     return session
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None: requests would read the whole body of a redirect that it is not to follow."""
+
+
+class _NoQueries(logging.Filter):
+    """urllib3 logs each request, with level DEBUG; a query may be a signature that lets anybody read."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args)
+        return True
+
+
+logging.getLogger("urllib3.connectionpool").addFilter(_NoQueries())
 
 
 def _adapter_class(hosts: AllowedHosts) -> type[InterruptibleAdapter]:
