@@ -110,13 +110,13 @@ def build_linking(
     database: StateDatabase,
     nursery: trio.Nursery,
 ) -> Linking:
-    """By `template_image_handler`. With `downloading` what an earlier server linked is detached.
+    """By `template_image_handler` and `source_order`; what an earlier server linked is detached where nothing is.
 
     Raises:
         ConfigError: `[cinder]` is not usable.
     """
     held = [*channel.take(FD_PREFIX), *channel.take(CONNECTION_PREFIX)]
-    is_on = settings.template_image_handler != "downloading"
+    is_on = settings.template_image_handler != "downloading" and "volume" in settings.source_order
     if not is_on and not held and not any(entry.local.link for entry in catalog.entries()):
         return Linking(cache.handler, None, held, nursery)
     options = settings.volume_linking

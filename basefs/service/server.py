@@ -53,9 +53,9 @@ from basefs.service.linking import Linking, build_linking
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.process import outlive_keeper
 from basefs.service.session import serve_session
+from basefs.service.sourcing import Sourcing
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
-from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ class Service:
         )
         await catalog.load()
         counters = FetchCounters()
-        source = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        sourcing = Sourcing(self._access, settings, catalog, nursery, lambda: cache.handler)
+        source = sourcing.source
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
         graduated = await open_graduated(self._arguments.lower_fd, self._channel, nursery, catalog)
@@ -129,6 +130,7 @@ class Service:
             settings,
             outage=self._access.endpoints.outage,
             forget_pages=forget_pages,
+            blame=sourcing.blame,
             is_first=is_first,
             graduated=graduated,
         )
@@ -187,6 +189,7 @@ class Service:
                 gate=gate,
                 handler=handler,
                 source=source,
+                glance=sourcing.glance,
                 access=self._access,
                 operations=view.operations,
                 counters=counters,
@@ -228,6 +231,7 @@ class Service:
             _end_by(STOP_LIMIT_S)
         await graduator.stop()  # it has images open
         await handler.close()
+        await source.close()
         await self._channel.flush()
 
     def _file_settings(self) -> ImageFileSettings:

@@ -27,7 +27,7 @@ from basefs.service.integrity import Integrity
 from basefs.service.linking import Linking
 from basefs.service.traces import Traces
 from basefs.sources.access import GlanceAccess
-from basefs.sources.glance import GlanceSource
+from basefs.sources.choice import SourceChoice
 
 
 class View:
@@ -38,7 +38,7 @@ class View:
         catalog: Catalog,
         gate: ServableGate,
         handler: DownloadingTemplateImageHandler,
-        source: GlanceSource,
+        source: SourceChoice,
         access: GlanceAccess,
         *,
         mountpoint: Path,
@@ -95,6 +95,7 @@ class View:
             "open_handles": sum(self._handler.open_handles(entry) for entry in entries),
             "fetched_bytes": self._source.received_bytes,
             "fetch_requests": self._source.requests,
+            "stores": self._source.stores_report(),
             "cache_bytes": sum(entry.local.cached_bytes for entry in entries),
             **self._cache.status(),
             "damaged_chunks": self._counters.damaged_chunks,
@@ -128,7 +129,8 @@ class View:
 
     def report(self, entry: ImageEntry) -> dict[str, Any]:
         """Everything about one image."""
-        return image_report(entry, self._gate, self._linking.handler, self._cache.uses, self._view)
+        report = image_report(entry, self._gate, self._linking.handler, self._cache.uses, self._view)
+        return report | self._source.report(entry.image_id)
 
     async def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
         """See `ServiceView.warm`."""
