@@ -119,6 +119,7 @@ class Service:
 
         def forget_pages(entry: ImageEntry) -> None:
             pages.forget(image_inode(entry.number))
+            sourcing.distrust(entry)
             if linking is not None:
                 linking.distrust(entry)
 
@@ -135,7 +136,10 @@ class Service:
             graduated=graduated,
         )
         handler = cache.handler
-        linking = build_linking(self._loaded, settings, catalog, cache, self._access, self._channel, database, nursery)
+        inner = await sourcing.place(cache, self._channel, nursery)
+        linking = build_linking(
+            self._loaded, settings, catalog, cache, inner, self._access, self._channel, database, nursery
+        )
         links = linking.links
         integrity = Integrity(catalog, handler, cache.uses, database, settings)
         gate = ServableGate(
@@ -154,7 +158,7 @@ class Service:
             catalog,
             gate,
             handler,
-            source,
+            sourcing,
             self._access,
             mountpoint=settings.mountpoint,
             view=settings.view,
@@ -169,15 +173,24 @@ class Service:
         images = ImageFiles(
             catalog, gate, linking.handler, self._file_settings(), nursery, opens, stored=database.stored
         )
+        await sourcing.begin()
         await linking.begin()
         nursery.start_soon(images.remove_left_over)
         graduator = build_graduator(nursery, handler, graduated, images, settings, stored=linking.stored_by(database))
         nursery.start_soon(graduator.tidy_up, catalog.entries)
         outage = self._access.endpoints.outage
         hydrator = build_hydrator(
-            cache, catalog, gate, settings, outage, graduation=graduator, is_linked=linking.is_linked
+            cache,
+            catalog,
+            gate,
+            settings,
+            outage,
+            graduation=graduator,
+            is_linked=lambda entry: linking.is_linked(entry) or sourcing.is_placed(entry),
         )
         linking.wakes(hydrator.wake, cache)
+        if sourcing.placed is not None:
+            sourcing.placed.changed = hydrator.wake
         view.drains = Drain(catalog, cache.uses, graduator, nursery, complete=hydrator.complete)
         virtual = VirtualTree(catalog, images, view.status, view.report, self._channel)
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
@@ -230,7 +243,7 @@ class Service:
         else:
             _end_by(STOP_LIMIT_S)
         await graduator.stop()  # it has images open
-        await handler.close()
+        await linking.handler.close()
         await source.close()
         await self._channel.flush()
 
