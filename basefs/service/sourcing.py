@@ -9,8 +9,8 @@ import trio
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.config import Settings
-from basefs.core.location_kinds import SOURCE_NAMES
 from basefs.core.escrow import HeldFd
+from basefs.core.location_kinds import SOURCE_NAMES
 from basefs.handlers.comparing import Comparison
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.file_placing import FilePlacingTemplateImageHandler
@@ -18,9 +18,9 @@ from basefs.handlers.placed import PREFIX as PLACED_PREFIX
 from basefs.handlers.placed import PlacedImages, PlaceFinder
 from basefs.service.cache_parts import STREAMS_MAX, CacheParts
 from basefs.service.keeper_channel import KeeperChannel
-from basefs.sources.file_locations import FileLocations
 from basefs.sources.access import GlanceAccess
 from basefs.sources.choice import SourceChoice
+from basefs.sources.file_locations import FileLocations
 from basefs.sources.glance import GlanceSource
 from basefs.sources.locations import GlanceLocations
 from basefs.sources.stores import open_stores
