@@ -17,6 +17,14 @@ from basefs.config.checks import cache_endpoint_problem, check_together
 from basefs.config.files import DEFAULT_CONFIG_FILE, Entry, find_config_files, read_entries
 from basefs.config.options import BASEFS_OPTS, GLANCE_SECTION, glance_common_opts
 from basefs.config.settings import Settings
+from basefs.config.source_options import (
+    FILE_OPTS,
+    FILE_SECTION,
+    HTTP_OPTS,
+    HTTP_SECTION,
+    file_location_settings,
+    http_location_settings,
+)
 from basefs.config.volume_options import (
     CINDER_SECTION,
     LINKING_SECTION,
@@ -28,7 +36,7 @@ from basefs.config.volume_options import (
 from basefs.errors import ConfigError
 
 _PATH_OPTIONS = ("mountpoint", "cache_dir", "control_socket", "instances_path")
-_OUR_SECTIONS = ("basefs", LINKING_SECTION)
+_OUR_SECTIONS = ("basefs", LINKING_SECTION, HTTP_SECTION, FILE_SECTION)
 _ENDPOINT_NEEDED = ("none", "admin_token", "http_basic")
 """Plugins without a service catalog: where Glance is must be said."""
 
@@ -83,6 +91,8 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
     log.register_options(conf)
     conf.register_opts(BASEFS_OPTS, group="basefs")
     conf.register_opts(VOLUME_LINKING_OPTS, group=LINKING_SECTION)
+    conf.register_opts(HTTP_OPTS, group=HTTP_SECTION)
+    conf.register_opts(FILE_OPTS, group=FILE_SECTION)
     try:
         conf(args=[], project="basefs", prog="basefs", default_config_files=paths, default_config_dirs=[])
     except (cfg.Error, ValueError) as exc:
@@ -260,5 +270,11 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
             values[name] = mounts.resolved(text)
         except OSError as exc:
             raise ConfigError(f"[basefs] {name} = {text}: {exc.strerror}") from None
+    values["source_order"] = tuple(values["source_order"])
     values["instances_path"] = values["instances_path"] or Path(values["mountpoint"]).parent
-    return Settings(**values, volume_linking=volume_linking_settings(conf, values["cache_dir"]))
+    return Settings(
+        **values,
+        volume_linking=volume_linking_settings(conf, values["cache_dir"]),
+        http_location=http_location_settings(conf),
+        file_location=file_location_settings(conf),
+    )
