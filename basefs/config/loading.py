@@ -18,6 +18,14 @@ from basefs.config.checks import cache_endpoint_problem, check_together
 from basefs.config.files import DEFAULT_CONFIG_FILE, Entry, find_config_files, read_entries
 from basefs.config.options import BASEFS_OPTS, GLANCE_SECTION, glance_common_opts
 from basefs.config.settings import Settings
+from basefs.config.source_options import (
+    FILE_OPTS,
+    FILE_SECTION,
+    HTTP_OPTS,
+    HTTP_SECTION,
+    file_location_settings,
+    http_location_settings,
+)
 from basefs.config.trace_options import TRACE_OPTS, TRACE_SECTION
 from basefs.config.volume_options import (
     CINDER_SECTION,
@@ -31,7 +39,7 @@ from basefs.errors import ConfigError
 
 READERS_DEFAULT_MAX = 4
 _PATH_OPTIONS = ("mountpoint", "cache_dir", "control_socket", "instances_path")
-_OUR_SECTIONS = ("basefs", LINKING_SECTION, TRACE_SECTION)
+_OUR_SECTIONS = ("basefs", LINKING_SECTION, TRACE_SECTION, HTTP_SECTION, FILE_SECTION)
 _ENDPOINT_NEEDED = ("none", "admin_token", "http_basic")
 """Plugins without a service catalog: where Glance is must be said."""
 
@@ -86,6 +94,8 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
     log.register_options(conf)
     conf.register_opts(BASEFS_OPTS, group="basefs")
     conf.register_opts(VOLUME_LINKING_OPTS, group=LINKING_SECTION)
+    conf.register_opts(HTTP_OPTS, group=HTTP_SECTION)
+    conf.register_opts(FILE_OPTS, group=FILE_SECTION)
     conf.register_opts(TRACE_OPTS, group=TRACE_SECTION)
     try:
         conf(args=[], project="basefs", prog="basefs", default_config_files=paths, default_config_dirs=[])
@@ -264,6 +274,7 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
             values[name] = mounts.resolved(text)
         except OSError as exc:
             raise ConfigError(f"[basefs] {name} = {text}: {exc.strerror}") from None
+    values["source_order"] = tuple(values["source_order"])
     values["instances_path"] = values["instances_path"] or Path(values["mountpoint"]).parent
     if values["readers"] is None:
         values["readers"] = min(max(1, len(os.sched_getaffinity(0)) - 1), READERS_DEFAULT_MAX)
@@ -271,4 +282,6 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
         **values,
         trace_share=conf[TRACE_SECTION].share,
         volume_linking=volume_linking_settings(conf, values["cache_dir"]),
+        http_location=http_location_settings(conf),
+        file_location=file_location_settings(conf),
     )

@@ -4,6 +4,8 @@ from typing import Any
 
 from oslo_config import cfg
 
+from basefs.config.source_options import FILE_OPTS, FILE_SECTION, HTTP_OPTS, HTTP_SECTION, SOURCE_ORDER_OPT
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -53,6 +55,7 @@ _SHOWN = [
         ],
         help="How base images are prepared.",
     ),
+    SOURCE_ORDER_OPT,
     cfg.StrOpt(
         "view",
         default="raw",
@@ -298,4 +301,6 @@ def list_opts() -> list[tuple[str, list[Any]]]:
         (GLANCE_SECTION, list(glance.values())),
         (volume_options.LINKING_SECTION, volume_options.VOLUME_LINKING_OPTS),
         (volume_options.CINDER_SECTION, volume_options.cinder_common_opts()),
+        (HTTP_SECTION, HTTP_OPTS),
+        (FILE_SECTION, FILE_OPTS),
     ]

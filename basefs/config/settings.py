@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from basefs.config.source_options import FileLocationSettings, HttpLocationSettings
 from basefs.config.volume_options import VolumeLinkingSettings
 
 Handler = Literal["auto", "downloading", "volume-linking"]
@@ -13,7 +14,7 @@ TraceShare = Literal["none", "glance"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """`[basefs]`, `[trace]` and `[volume_linking]` of the configuration files, checked together.
+    """`[basefs]`, `[trace]` and the sections of volumes and stores in the configuration files, checked together.
 
     Paths are absolute, without links or `..`.
     Names and bounds are those of `options.py`; `*_s` are seconds, `*_bytes` bytes.
@@ -25,6 +26,7 @@ class Settings:
     instances_path: Path
     nova_user: str
     template_image_handler: Handler
+    source_order: tuple[str, ...]
     view: View
     verify_glance_signatures: bool
     chunk_bytes: int
@@ -52,3 +54,5 @@ class Settings:
     upgrade_deadline_s: float
     trace_share: TraceShare
     volume_linking: VolumeLinkingSettings
+    http_location: HttpLocationSettings
+    file_location: FileLocationSettings

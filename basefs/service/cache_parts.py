@@ -30,7 +30,7 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.evictable import HandlerContents
 from basefs.handlers.graduated import GraduatedImages
 from basefs.handlers.uses import ImageUses
-from basefs.sources.base import ImageSource
+from basefs.sources.choice import SourceChoice
 from basefs.views.choice import Views
 
 log = logging.getLogger(__name__)
@@ -85,13 +85,14 @@ class CacheParts:
 
 async def build_cache(
     nursery: trio.Nursery,
-    source: ImageSource,
+    source: SourceChoice,
     catalog: Catalog,
     counters: FetchCounters,
     settings: Settings,
     *,
     outage: Outage,
     forget_pages: Callable[[ImageEntry], None],
+    blame: Callable[[ImageEntry], None],
     is_first: bool,
     graduated: GraduatedImages,
     publish_trace: Publish,
@@ -132,6 +133,8 @@ async def build_cache(
         evictor=evictor,
         unstored=UnstoredChunks(),
         traces=TraceStore(settings.cache_dir / "traces", disk, sharing),
+        good_at=source.good_at,
+        blame=blame,
         outage=outage,
         forget_pages=forget,
         reader_table=reader_table,

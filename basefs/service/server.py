@@ -55,12 +55,11 @@ from basefs.service.metrics import Metrics, MetricsParts, count_records, run_met
 from basefs.service.process import outlive_keeper
 from basefs.service.readers import Readers
 from basefs.service.session import SYNCHRONOUS_MAX, serve_session
+from basefs.service.session import serve_session
+from basefs.service.sourcing import Sourcing
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
-from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
-from basefs.sources.tier import CacheTierSource
-from basefs.sources.tier_http import open_tier
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +114,8 @@ class Service:
         )
         await catalog.load()
         counters = FetchCounters()
-        glance = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
-        tier = self._over_tier(glance, nursery)
-        source = tier or glance
+        sourcing = Sourcing(self._loaded.conf, self._access, settings, catalog, nursery, lambda: cache.handler)
+        source = sourcing.source
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
         reader_table = await open_reader_table(self._channel)
@@ -126,10 +124,9 @@ class Service:
 
         def forget_pages(entry: ImageEntry) -> None:
             pages.forget(image_inode(entry.number))
+            sourcing.distrust(entry)
             if linking is not None:
                 linking.distrust(entry)
-            if tier is not None:
-                tier.pass_by(entry.image_id)
 
         cache = await build_cache(
             nursery,
@@ -139,13 +136,17 @@ class Service:
             settings,
             outage=self._access.endpoints.outage,
             forget_pages=forget_pages,
+            blame=sourcing.blame,
             is_first=is_first,
             graduated=graduated,
             publish_trace=metadata.set_boot_trace,
             reader_table=reader_table,
         )
         handler = cache.handler
-        linking = build_linking(self._loaded, settings, catalog, cache, self._access, self._channel, database, nursery)
+        inner = await sourcing.place(cache, self._channel, nursery)
+        linking = build_linking(
+            self._loaded, settings, catalog, cache, inner, self._access, self._channel, database, nursery
+        )
         links = linking.links
         integrity = Integrity(catalog, handler, cache.uses, database, settings)
         gate = ServableGate(
@@ -164,7 +165,7 @@ class Service:
             catalog,
             gate,
             handler,
-            source,
+            sourcing,
             self._access,
             mountpoint=settings.mountpoint,
             view=settings.view,
@@ -179,15 +180,24 @@ class Service:
         images = ImageFiles(
             catalog, gate, linking.handler, self._file_settings(), nursery, opens, stored=database.stored
         )
+        await sourcing.begin()
         await linking.begin()
         nursery.start_soon(images.remove_left_over)
         graduator = build_graduator(nursery, handler, graduated, images, settings, stored=linking.stored_by(database))
         nursery.start_soon(graduator.tidy_up, catalog.entries)
         outage = self._access.endpoints.outage
         hydrator = build_hydrator(
-            cache, catalog, gate, settings, outage, graduation=graduator, is_linked=linking.is_linked
+            cache,
+            catalog,
+            gate,
+            settings,
+            outage,
+            graduation=graduator,
+            is_linked=lambda entry: linking.is_linked(entry) or sourcing.is_placed(entry),
         )
         linking.wakes(hydrator.wake, cache)
+        if sourcing.placed is not None:
+            sourcing.placed.changed = hydrator.wake
         view.drains = Drain(catalog, cache.uses, graduator, nursery, complete=hydrator.complete)
         virtual = VirtualTree(catalog, images, view.status, view.report, self._channel)
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
@@ -201,8 +211,9 @@ class Service:
                 catalog=catalog,
                 gate=gate,
                 handler=handler,
-                source=glance,
-                tier=tier,
+                source=source,
+                glance=sourcing.glance,
+                tier=sourcing.tier,
                 access=self._access,
                 operations=view.operations,
                 counters=counters,
@@ -248,14 +259,9 @@ class Service:
         else:
             _end_by(STOP_LIMIT_S)
         await graduator.stop()  # it has images open
-        await handler.close()
+        await linking.handler.close()
+        await source.close()
         await self._channel.flush()
-
-    def _over_tier(self, glance: GlanceSource, nursery: trio.Nursery) -> CacheTierSource | None:
-        """Glance behind the cache tier that is configured; None: there is none."""
-        tier = open_tier(self._loaded.conf, self._access, threads_max=self._settings.fetch_threads_max)
-        outage = self._access.endpoints.outage
-        return None if tier is None else CacheTierSource(tier, glance, nursery, outage=outage)
 
     def _file_settings(self) -> ImageFileSettings:
         settings = self._settings

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from basefs import errors
-from tests.contract.store_worlds import PIECE_BYTES, SECRET, MemoryStoreWorld
+from tests.contract.store_worlds import PIECE_BYTES, SECRET, HttpWorld, MemoryStoreWorld
 from tests.contract.test_image_source import Taken
 
 DATA = os.urandom(3 * 1024 * 1024 + 12345)
@@ -17,9 +17,12 @@ CANCEL_LIMIT_S = 10.0
 """A cancelled call ends within this time, whatever its store does; generous, for making a connection takes 5 s."""
 
 
-@pytest.fixture(params=["memory"])
+WORLDS = {"memory": MemoryStoreWorld, "http": HttpWorld}
+
+
+@pytest.fixture(params=WORLDS)
 async def world(request):
-    made = MemoryStoreWorld()
+    made = WORLDS[request.param]()
     yield made
     made.heal()
     await made.close()

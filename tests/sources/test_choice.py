@@ -215,20 +215,37 @@ async def test_a_store_that_fails_is_tried_by_a_task_of_its_own_and_read_from_ag
     assert world.rbd.opens == opens, "it rests"
     assert choice.good_at(IMAGE) == trio.current_time() + 1.0
     for pause in (1.0, 2.0, 4.0):
+        await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(pause)
-        await fetch(choice, 0, 10)
         opens += 1
         await until(lambda n=opens: world.rbd.opens == n)
         await trio.testing.wait_all_tasks_blocked()
         assert states(choice) == {"rbd": "resting"}
+        assert choice.stores_report()[0]["state"] == "resting"
+    glance_requests = world.glance.requests
     world.rbd.fault = None
     mock_clock.jump(8.0)
-    await fetch(choice, 0, 10)
     await until(lambda: states(choice) == {"rbd": "ready"})
-    glance_requests = world.glance.requests
     await fetch(choice)
     assert world.glance.requests == glance_requests
     assert "rbd at cluster answers again" in caplog.text
+    assert choice.stores_report()[0] == {"source": "rbd", "endpoint": "cluster", "state": "answers", "error": None}
+
+
+async def test_an_image_that_rests_at_a_store_that_answers_is_tried_when_it_is_wanted(
+    world, choice, mock_clock, expected_warnings
+):
+    expected_warnings("is not read from rbd at cluster: no key")
+    world.put(world.rbd)
+    world.rbd.fault = lambda: errors.SourceForbiddenError("no key")
+    await fetch(choice, 0, 10)
+    world.rbd.fault = None
+    mock_clock.jump(ways.WRONG_REST_S)
+    await trio.testing.wait_all_tasks_blocked()
+    assert states(choice) == {"rbd": "resting"}
+    await fetch(choice, 0, 10)
+    await until(lambda: states(choice) == {"rbd": "ready"})
+    assert world.glance.requests == 2
 
 
 async def test_an_endpoint_that_fails_one_image_rests_for_all(world, choice, expected_warnings):
@@ -359,7 +376,7 @@ async def test_a_probe_reads_the_header_once_and_says_from_where(world, choice):
     world.put(world.rbd)
     probe = await choice.probe(IMAGE, size=SIZE, header_bytes=1 << 19)
     assert (probe.kind, probe.header) == ("ranged", DATA[: 1 << 19])
-    assert probe.reason == "rbd at cluster answered a range with exactly its bytes"
+    assert probe.reason == "rbd at cluster answered a Range with exactly its bytes"
     await fetch(choice)
     assert [call[1:] for call in world.rbd.calls] == [(0, 1 << 19), (0, SIZE)]
     assert world.glance.requests == 0
@@ -436,7 +453,6 @@ async def test_locations_that_a_store_refuses_are_not_tried_and_told_without_the
 
 async def test_a_blamed_image_is_read_through_glance_only(world, choice, expected_warnings):
     expected_warnings(f"image {IMAGE}: its bytes had another hash .* come from rbd at cluster: it is read through")
-    assert not choice.blame(IMAGE), "no store had anything to do with it"
     world.put(world.rbd, world.s3)
     await fetch(choice)
     assert choice.blame(IMAGE)
@@ -446,6 +462,14 @@ async def test_a_blamed_image_is_read_through_glance_only(world, choice, expecte
     assert choice.good_at(IMAGE) == math.inf
     assert choice.report(IMAGE)["sources"][-1]["state"] == "only"
     await until(lambda: world.rbd.opened == 0)
+
+
+async def test_only_a_store_that_may_have_had_to_do_with_it_is_blamed(world, choice, nursery, expected_warnings):
+    assert not world.choice(nursery, stores=[]).blame(IMAGE)
+    expected_warnings("some may have come from a store, through a server before this one")
+    assert choice.blame(IMAGE), "who knows what an earlier server did"
+    await fetch(choice)
+    assert not choice.blame(IMAGE), "it has no location in a store"
 
 
 async def test_a_stream_is_glances(world, choice):
