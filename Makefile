@@ -4,7 +4,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup peers demo test ceph-test check bench bench-peers soak fuzz guest clean
+.PHONY: setup peers demo test ceph-test check bench bench-peers bench-fleet soak fuzz guest clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -43,6 +43,10 @@ bench: setup peers guest
 # basefs beside what else brings an image to a node; `make bench-peers BENCH_ARGS="--alternations 1"` takes half of the half hour.
 bench-peers: peers guest
 	@$(PYTHON) -m tools.bench.peers $(BENCH_ARGS)
+
+# 1, 4 and 20 nodes that boot one image at once, over Glance and over the cache tier; as root.
+bench-fleet: setup guest
+	@$(PYTHON) -m tools.bench.fleet $(BENCH_ARGS)
 
 bench-%: setup
 	@$(PYTHON) -m tools.bench $*
