@@ -259,7 +259,8 @@ class ImageFetcher:
             memory |= await self._verifier.verify(span)
             if self.whole.is_sealed or not memory.keys() >= set(self._ledger.absent(span)):
                 return None
-            return await self._assemble(span, 0, length, memory)
+            start = await self._assemble(span, 0, length, memory)
+            return None if start is None else bytes(start)
 
     def _unstored(self, absent: list[int]) -> dict[int, bytes]:
         """Those of `absent` that are kept in memory, as long as nothing can be stored."""

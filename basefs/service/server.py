@@ -55,7 +55,6 @@ from basefs.service.metrics import Metrics, MetricsParts, count_records, run_met
 from basefs.service.process import outlive_keeper
 from basefs.service.readers import Readers
 from basefs.service.session import SYNCHRONOUS_MAX, serve_session
-from basefs.service.session import serve_session
 from basefs.service.sourcing import Sourcing
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
@@ -213,6 +212,7 @@ class Service:
                 handler=handler,
                 source=source,
                 glance=sourcing.glance,
+                placed=sourcing.placed,
                 tier=sourcing.tier,
                 access=self._access,
                 operations=view.operations,
