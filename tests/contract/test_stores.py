@@ -3,11 +3,13 @@
 import os
 import uuid
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 import trio
 
 from basefs import errors
+from tests.contract.object_store_worlds import MemoryRbdWorld, ServerS3World, ServerSwiftWorld
 from tests.contract.store_worlds import PIECE_BYTES, SECRET, MemoryStoreWorld
 from tests.contract.test_image_source import Taken
 
@@ -17,9 +19,18 @@ CANCEL_LIMIT_S = 10.0
 """A cancelled call ends within this time, whatever its store does; generous, for making a connection takes 5 s."""
 
 
-@pytest.fixture(params=["memory"])
+WORLDS = {
+    "memory": MemoryStoreWorld,
+    "rbd in memory": MemoryRbdWorld,
+    "rbd in memory, no object map": partial(MemoryRbdWorld, has_map=False),
+    "s3 server": ServerS3World,
+    "swift server": ServerSwiftWorld,
+}
+
+
+@pytest.fixture(params=list(WORLDS))
 async def world(request):
-    made = MemoryStoreWorld()
+    made = WORLDS[request.param]()
     yield made
     made.heal()
     await made.close()
