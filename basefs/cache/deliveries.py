@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 3600.0
 """How long an image stays a streamed one before its store is asked for a range again (so it is by each server)."""
+STORE_LOOK_AGAIN_S = 30.0
+"""The same where a store behind Glance may have come back meanwhile: Glance's own never begins to answer ranges."""
 
 
 class Deliveries:
@@ -37,7 +39,7 @@ class Deliveries:
         self._flights = flights
         self._services = services
         self._losses = ledger.losses
-        self.gate = RetryGate(entry.image_id, services.jitter, services.outage)
+        self.gate = RetryGate(entry.image_id, services.jitter, services.outage, services.good_at)
 
     @property
     def is_streamed(self) -> bool:
@@ -45,16 +47,17 @@ class Deliveries:
         return self._entry.local.source_kind == "streamed"
 
     def may_be_ranged(self) -> bool:
-        """Whether a streamed image is to be asked for by range once more; True once in LOOK_AGAIN_S."""
+        """Whether a streamed image is to be asked for by range once more; True once in a while."""
         looked_at, now = self._entry.looked_at, trio.current_time()
-        if looked_at is not None and now - looked_at < LOOK_AGAIN_S:
+        has_store = self._services.good_at(self._entry.image_id) <= now
+        if looked_at is not None and now - looked_at < (STORE_LOOK_AGAIN_S if has_store else LOOK_AGAIN_S):
             return False
         self._entry.looked_at = now
         return True
 
     def ranged(self, reason: str) -> None:
         """The streamed image was asked for by range, and that was honoured."""
-        log.info("image %s: Glance honours ranges of it again", self._entry.image_id)
+        log.info("image %s: read by ranges again: %s", self._entry.image_id, reason)
         self._entry.local.source_kind, self._entry.local.source_reason = "ranged", reason
         self._board.all_failed(None)  # who waits for the stream looks again, and finds a quicker way
         self._services.changed(self._entry)

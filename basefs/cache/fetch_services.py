@@ -1,5 +1,6 @@
 """What the transfers of all images share: built once by the composition root."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,6 +56,10 @@ class FetchServices:
     traces: TraceStore
     forget_pages: Callable[[ImageEntry], None] = lambda _entry: None
     """Have the kernel throw away what it keeps of the image: some of it was wrong."""
+    good_at: Callable[[str], float] = lambda _image_id: math.inf
+    """When an image can be read without Glance, see `SourceChoice.good_at`."""
+    blame: Callable[[ImageEntry], None] = lambda _entry: None
+    """The image's bytes have not the hash that Glance tells: have them come from elsewhere from here."""
     outage: Outage = field(default_factory=Outage)
     readers: WaitingReaders = field(default_factory=WaitingReaders)
     pace: Pace = field(default_factory=Pace)

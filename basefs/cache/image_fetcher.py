@@ -235,6 +235,16 @@ class ImageFetcher:
                     if not _may_pass(exc, patient=patient):
                         raise
 
+    async def kept_start(self, length: int) -> bytes | None:
+        """The first `length` bytes, 0 < length <= size, if all of them are in the cache; nothing is fetched."""
+        span = chunk_span(0, length, self.chunk_bytes)
+        with self._reader(span):
+            memory: dict[int, bytes | memoryview] = {}
+            memory |= await self._verifier.verify(span)
+            if self.whole.is_sealed or not memory.keys() >= set(self._ledger.absent(span)):
+                return None
+            return await self._assemble(span, 0, length, memory)
+
     def _unstored(self, absent: list[int]) -> dict[int, bytes]:
         """Those of `absent` that are kept in memory, as long as nothing can be stored."""
         unstored = self._services.unstored

@@ -2,7 +2,8 @@
 
 A failure is not remembered as a result, but it keeps the next try of *any* reader back, so that a
 thousand waiting readers make one request per back-off, not a thousand. While all of Glance is away
-(`concurrency/outage.py`) every gate is closed, and all open in the step in which that ends.
+(`concurrency/outage.py`) every gate is closed, and all open in the step in which that ends; but for images that can
+be read from a store behind Glance.
 """
 
 import logging
@@ -28,10 +29,18 @@ class RetryGate:
     After a failure as an outage makes them it is closed until a probe has decided whether there is one.
     """
 
-    def __init__(self, image_id: str, jitter: Callable[[], float], outage: Outage) -> None:
+    def __init__(
+        self,
+        image_id: str,
+        jitter: Callable[[], float],
+        outage: Outage,
+        good_at: Callable[[str], float] = lambda _image_id: math.inf,
+    ) -> None:
+        """`good_at(image_id)`: when the image can be read without Glance, see `SourceChoice.good_at`."""
         self._image_id = image_id
         self._jitter = jitter
         self._outage = outage
+        self._good_at = good_at
         self._failures = 0
         self._is_told = False
         self._may_be_outage = False
@@ -47,17 +56,23 @@ class RetryGate:
     @property
     def is_open(self) -> bool:
         """Whether a try may be made now."""
-        if self._outage.is_on or (self._outage.is_suspected and self._may_be_outage):
-            return False
-        return trio.current_time() >= self.retry_at or self._outage.ended > self._outages_before
+        now = trio.current_time()
+        if self._is_shut:
+            return now >= max(self.retry_at, self._good_at(self._image_id))
+        return now >= self.retry_at or self._outage.ended > self._outages_before
+
+    @property
+    def _is_shut(self) -> bool:
+        """Whether Glance is not to be asked."""
+        return self._outage.is_on or (self._outage.is_suspected and self._may_be_outage)
 
     async def wait(self) -> None:
         """Return when a try may be made; look again then, somebody else's may have failed meanwhile."""
         await trio.lowlevel.checkpoint()
         with self._outage.waiter():
             while not self.is_open:
-                is_later = self.retry_at > trio.current_time()
-                await self._outage.next_change(self.retry_at if is_later else math.inf)
+                at = max(self.retry_at, self._good_at(self._image_id)) if self._is_shut else self.retry_at
+                await self._outage.next_change(at if at > trio.current_time() else math.inf)
 
     def succeeded(self) -> None:
         """A try went well."""

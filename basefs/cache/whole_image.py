@@ -193,6 +193,7 @@ class WholeImage:
             )  # fmt: skip
             self._set("refetching")
         self._services.forget_pages(self._entry)
+        self._services.blame(self._entry)
         self._start_refetch()
 
     def _set(self, whole: WholeState) -> None:

@@ -66,6 +66,7 @@ class LocalState:
     `is_wanted`: nova asked for all of it (its pre-cache call). `is_graduated`: we made it a lower file of its own name.
     `link` is what was begun in Cinder for it. `no_volume` is why it has no volume that may be linked: empty when it has
     one, None when that was not looked at; only `template_image_handler = volume-linking` asks.
+    `glance_only`: a store behind Glance may have given wrong bytes of it, so it is read through Glance.
     """
 
     used_at_ns: int | None = None
@@ -87,6 +88,7 @@ class LocalState:
     is_graduated: bool = False
     link: LinkRecord | None = None
     no_volume: str | None = None
+    glance_only: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -66,6 +66,18 @@ class SizeColumn(FormattableColumn[int | None]):
         return "" if self._value is None else human_bytes(self._value)
 
 
+class SourcesColumn(FormattableColumn[list[dict[str, Any]]]):
+    """Where images may be read: JSON as the server says it, one line each in a table."""
+
+    def human_readable(self) -> str:
+        """`rbd at <cluster>: resting: <reason>`."""
+        return "\n".join(
+            f"{one['source']}{' at ' if one['endpoint'] else ''}{one['endpoint']}: {one['state']}"
+            + (f": {why}" if (why := one.get("reason") or one.get("error")) else "")
+            for one in self._value
+        )
+
+
 def columns_of(values: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """Names and values as cliff's ShowOne wants them; sizes become readable in tables."""
     return tuple(values), tuple(cell(name, value) for name, value in values.items())
@@ -73,5 +85,7 @@ def columns_of(values: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]
 
 def cell(name: str, value: object) -> object:
     """A table's cell for the value of that name."""
+    if name in ("sources", "stores") and isinstance(value, list):
+        return SourcesColumn(value)
     is_size = name in ("size", "shown_size") or name.endswith("_bytes")
     return SizeColumn(value) if is_size and (value is None or isinstance(value, int)) else value

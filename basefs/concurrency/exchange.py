@@ -9,7 +9,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar, TypeVarTuple
 
@@ -147,18 +147,24 @@ class Answer(http.client.HTTPResponse):
         return came
 
 
-class _Connection(HTTPConnection):
+class PlainConnection(HTTPConnection):
+    """Known to the exchange that it is used in."""
+
     response_class = Answer  # type: ignore[mutable-override]  # made to be overridden
 
     def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  urllib3's own signature
+        """See urllib3."""
         _note(self)
         super().request(*args, **kwargs)
 
 
-class _TlsConnection(HTTPSConnection):
+class TlsConnection(HTTPSConnection):
+    """Known to the exchange that it is used in."""
+
     response_class = Answer  # type: ignore[mutable-override]  # made to be overridden
 
     def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  urllib3's own signature
+        """See urllib3."""
         _note(self)
         super().request(*args, **kwargs)
 
@@ -172,17 +178,19 @@ def _note(connection: HTTPConnection) -> None:
 
 
 class _Pool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Connection  # type: ignore[mutable-override]  # a class attribute made to be overridden
+    ConnectionCls = PlainConnection  # type: ignore[mutable-override]  # a class attribute made to be overridden
 
 
 class _TlsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection  # type: ignore[mutable-override]
+    ConnectionCls = TlsConnection  # type: ignore[mutable-override]
 
 
 class InterruptibleAdapter(session.TCPKeepAliveAdapter):
     """A transport for `requests` whose connections `run_interruptibly` can shut down."""
 
+    pool_classes: Mapping[str, type[urllib3.HTTPConnectionPool]] = {"http": _Pool, "https": _TlsPool}
+
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  requests' own signature
         """See requests."""
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+        self.poolmanager.pool_classes_by_scheme = dict(self.pool_classes)

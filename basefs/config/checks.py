@@ -8,6 +8,7 @@ from pathlib import Path
 from basefs import mounts
 from basefs.config.listen import listen_address
 from basefs.config.settings import Settings
+from basefs.config.source_options import source_order_problems
 from basefs.errors import ConfigError
 from basefs.keeper_spec import REQUEST_SOCKET_SUFFIX
 
@@ -29,6 +30,7 @@ def check_together(settings: Settings) -> None:
         listen_address(settings.metrics_listen)
     except ValueError as exc:
         problems.append(f"[basefs] metrics_listen: {exc}")
+    problems += source_order_problems(settings.source_order, settings.template_image_handler)
     if not settings.nova_user:
         problems.append("[basefs] nova_user is empty")
     if problems:

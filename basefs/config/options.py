@@ -4,6 +4,8 @@ from typing import Any
 
 from oslo_config import cfg
 
+from basefs.config.source_options import FILE_OPTS, FILE_SECTION, HTTP_OPTS, HTTP_SECTION, SOURCE_ORDER_OPT
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -53,6 +55,7 @@ _SHOWN = [
         ],
         help="How base images are prepared.",
     ),
+    SOURCE_ORDER_OPT,
     cfg.StrOpt(
         "view",
         default="raw",
@@ -273,7 +276,7 @@ def list_opts() -> list[tuple[str, list[Any]]]:
     """What `oslo-config-generator --namespace basefs` writes. [DEFAULT] comes from the namespace `oslo.log`."""
     from keystoneauth1 import loading
 
-    from basefs.config import volume_options
+    from basefs.config import store_options, volume_options
 
     glance = {opt.dest: opt for opt in glance_common_opts()}
     for auth_type in SAMPLE_AUTH_TYPES:
@@ -284,4 +287,9 @@ def list_opts() -> list[tuple[str, list[Any]]]:
         (GLANCE_SECTION, list(glance.values())),
         (volume_options.LINKING_SECTION, volume_options.VOLUME_LINKING_OPTS),
         (volume_options.CINDER_SECTION, volume_options.cinder_common_opts()),
+        (HTTP_SECTION, HTTP_OPTS),
+        (FILE_SECTION, FILE_OPTS),
+        (store_options.RBD_SECTION, store_options.RBD_OPTS),
+        (store_options.S3_SECTION, store_options.S3_OPTS),
+        (store_options.SWIFT_SECTION, [*store_options.SWIFT_OPTS, *store_options.swift_common_opts()]),
     ]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from basefs.config.source_options import FileLocationSettings, HttpLocationSettings
+from basefs.config.store_options import RbdSettings, S3Settings, SwiftSettings
 from basefs.config.volume_options import VolumeLinkingSettings
 
 Handler = Literal["auto", "downloading", "volume-linking"]
@@ -12,7 +14,7 @@ View = Literal["raw", "stored"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """`[basefs]` and `[volume_linking]` of the configuration files, checked together.
+    """`[basefs]` and the sections of volumes and stores in the configuration files, checked together.
 
     Paths are absolute, without links or `..`.
     Names and bounds are those of `options.py`; `*_s` are seconds, `*_bytes` bytes.
@@ -24,6 +26,7 @@ class Settings:
     instances_path: Path
     nova_user: str
     template_image_handler: Handler
+    source_order: tuple[str, ...]
     view: View
     verify_glance_signatures: bool
     chunk_bytes: int
@@ -49,3 +52,8 @@ class Settings:
     watchdog_s: float
     upgrade_deadline_s: float
     volume_linking: VolumeLinkingSettings
+    http_location: HttpLocationSettings
+    file_location: FileLocationSettings
+    rbd: RbdSettings | None
+    s3: S3Settings | None
+    swift: SwiftSettings | None

@@ -74,7 +74,8 @@ SWIFT_OPTS: list[cfg.Opt] = [
         "containers",
         default=[],
         help="Containers that Glance keeps images in (its swift_store_container); CONTAINER* is a prefix, as with "
-        "swift_store_multiple_containers_seed. Empty: nothing is read from Swift.",
+        "swift_store_multiple_containers_seed. Empty: nothing is read from Swift. Without auth_type it is the user of "
+        "[glance] who asks.",
     ),
     cfg.ListOpt(
         "location_hosts",
@@ -176,18 +177,10 @@ def s3_settings(conf: cfg.ConfigOpts) -> S3Settings | None:
 
 
 def swift_settings(conf: cfg.ConfigOpts) -> SwiftSettings | None:
-    """What `[swift]` says; None where nothing is to be read from Swift.
-
-    Raises:
-        ConfigError: it does not say who we are.
-    """
+    """What `[swift]` says; None where nothing is to be read from Swift."""
     section = conf[SWIFT_SECTION]
     if not section.containers:
         return None
-    if not (section.auth_type or section.auth_section):
-        raise ConfigError(
-            "[swift] auth_type is not set: say how basefs authenticates to Swift, e.g. password or v1password"
-        )
     return SwiftSettings(
         containers=tuple(section.containers),
         location_hosts=tuple(host.lower() for host in section.location_hosts),

@@ -117,6 +117,10 @@ class TemplateImageHandler(ABC):
         """How the image is linked to its volume; None where this handler links none."""
         return None
 
+    def is_placed(self, entry: ImageEntry) -> bool:  # noqa: ARG002 (only file-placing reads files in place)
+        """Whether the image is read from Glance's own file."""
+        return False
+
     @abstractmethod
     async def close(self) -> None:
         """Give everything back; what was prepared can be prepared again by the next server."""

@@ -94,6 +94,11 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
                 with trio.CancelScope(shield=True):
                     await image.fetcher.close()
 
+    async def kept_start(self, entry: ImageEntry, length: int) -> bytes | None:
+        """The image's first `length` bytes, if it is prepared and all of them are in the cache."""
+        image = self._images.get(entry.number)
+        return None if image is None else await image.fetcher.kept_start(length)
+
     async def cells(self, entry: ImageEntry, cells_max: int) -> ImageCells:
         """Where the stored bytes of the image are, in at most `cells_max` cells; CacheError if the disk fails."""
         return await self._images.cells(entry, cells_max)

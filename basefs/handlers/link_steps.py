@@ -15,11 +15,10 @@ from functools import partial
 import trio
 
 from basefs import errors
-from basefs.catalog.checks import content_verdict
 from basefs.catalog.records import ImageEntry
-from basefs.concurrency.threads import BlockingCalls
 from basefs.core.escrow import Escrow
 from basefs.core.link_record import LinkRecord
+from basefs.handlers.comparing import Comparison
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.link import Link, LinkCounters, LinkSettings
 from basefs.handlers.linked import LinkedImage, VolumeSource
@@ -32,8 +31,6 @@ log = logging.getLogger(__name__)
 
 FD_PREFIX, CONNECTION_PREFIX = "linked/", "link-connection/"
 """Keys in escrow: with the image number."""
-CHECK_BYTES = 1 << 20
-CHECK_LIMIT_S = 15.0
 LONGEST_CLONE_S = 7200.0
 """Beyond what `VolumeLinks.attach` allows itself for a clone on storage that copies whole volumes."""
 REFUSED_AGAIN_S = 3600.0
@@ -66,7 +63,7 @@ class LinkSteps:
         self._turns = trio.CapacityLimiter(settings.concurrency_max)
         # Apart: a clone may be made for an hour, and what is to go does not wait for it.
         self._detach_turns = trio.CapacityLimiter(settings.concurrency_max)
-        self._inspections = BlockingCalls("inspections of volumes", threads_max=2)
+        self._comparison = Comparison(downloading, settings.view)
         self._told = ConditionLog(log, clock=trio.current_time)
         self.counters = LinkCounters()
 
@@ -162,7 +159,7 @@ class LinkSteps:
         """
         link.connection_fd = attached.connection_fd
         link.source = source = self._source(link, attached)
-        await self._check(link.entry, source, attached.bytes.size)
+        await self._comparison.check(link.entry, source, attached.bytes.size, what="its volume")
         await self._hold(link.entry, attached)
         self._serve(link, source)
 
@@ -174,28 +171,6 @@ class LinkSteps:
             return (await self._downloading.downloaded_image(link.entry)).fetcher
 
         return VolumeSource(link.entry, attached.bytes, otherwise, partial(self._broke, link))
-
-    async def _check(self, entry: ImageEntry, source: VolumeSource, device_bytes: int) -> None:
-        """Return if the volume is the image's, as far as its size and first bytes tell.
-
-        Raises:
-            NoVolumeError: it is not.
-            BasefsError: that cannot be found out now.
-        """
-        if device_bytes < entry.size:
-            raise errors.NoVolumeError(f"its volume has {device_bytes} bytes, the image {entry.size}")
-        length = min(entry.size, CHECK_BYTES)
-        theirs = await source.volume_read(0, length, limit_s=CHECK_LIMIT_S)
-        if theirs is None:
-            raise errors.VolumeError(f"its volume did not give its first {length} bytes")
-        fetcher = (await self._downloading.downloaded_image(entry)).fetcher
-        ours = await fetcher.read(0, length, deadline_s=CHECK_LIMIT_S, patient=False)
-        if theirs != ours:
-            raise errors.NoVolumeError("its volume does not begin with the bytes that Glance gives")
-        record, view = entry.record, self._settings.view
-        verdict = await self._inspections.run(lambda: content_verdict(record, theirs, view=view))
-        if verdict.state == "refused":
-            raise errors.NoVolumeError(f"its volume: {verdict.reason}")
 
     async def _hold(self, entry: ImageEntry, attached: AttachedVolume) -> None:
         fd = attached.bytes.fd_to_hold()

@@ -9,7 +9,7 @@ from basefs.handlers.uses import ImageUses
 
 ImageState = Literal[
     "quarantined", "refused", "refetching", "warming", "hydrating", "verified", "complete", "unchecked", "partial",
-    "cold", "graduated", "linking", "linked",
+    "cold", "graduated", "linking", "linked", "in place",
 ]  # fmt: skip
 
 
@@ -19,7 +19,7 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
     `cold`: nothing here but perhaps the header; `partial`: some was read; `complete`: every byte is here;
     `verified`: and they have the hash that Glance tells; `refetching`, `quarantined`: they had another;
     `graduated`: it became a file of the lower directory, nova's own; `linked`: it is read from its volume, which is
-    being attached while it is `linking`.
+    being attached while it is `linking`; `in place`: it is read from Glance's own file.
     """
     if entry.local.is_graduated:
         return "graduated"
@@ -36,6 +36,8 @@ def image_state(entry: ImageEntry, gate: ServableGate, handler: TemplateImageHan
     link = handler.link(entry)
     if link is not None and link.state in ("linked", "finding", "linking", "reopening"):
         return "linked" if link.state == "linked" else "linking"
+    if handler.is_placed(entry):
+        return "in place"
     if handler.is_hydrating(entry) or entry.local.is_wanted:
         return "hydrating"
     if entry.size and entry.local.cached_bytes == entry.size:
@@ -53,6 +55,8 @@ def map_note(entry: ImageEntry, *, refused_reason: str | None, state: ImageState
         return f"graduated: all of it is the lower file {entry.base_name}; the map is of the cache"
     if state == "linked":
         return "linked: it is read from its volume; the map is of the cache"
+    if state == "in place":
+        return "in place: it is read from Glance's own file; the map is of the cache"
     if entry.local.whole == "quarantined":
         return "quarantined: as a whole it has not the hash that Glance tells"
     return None

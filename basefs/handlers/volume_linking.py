@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from basefs.catalog.records import ImageEntry
 from basefs.handlers.base import LinkReport, PreparedImage, TemplateImageHandler
-from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.linked import ReopeningImage
 from basefs.handlers.links import Links
 
@@ -18,7 +17,7 @@ class VolumeLinkingTemplateImageHandler(TemplateImageHandler):
 
     name = "volume-linking"
 
-    def __init__(self, downloading: DownloadingTemplateImageHandler, links: Links) -> None:
+    def __init__(self, downloading: TemplateImageHandler, links: Links) -> None:
         self._downloading = downloading
         self.links = links
 
@@ -82,6 +81,10 @@ class VolumeLinkingTemplateImageHandler(TemplateImageHandler):
     def link(self, entry: ImageEntry) -> LinkReport:
         """See the base class."""
         return self.links.report(entry)
+
+    def is_placed(self, entry: ImageEntry) -> bool:
+        """See the base class."""
+        return self._downloading.is_placed(entry)
 
     async def close(self) -> None:
         """See the base class. What is linked is left to the next server, or was detached by `Links.close`."""

@@ -27,7 +27,7 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.evictable import HandlerContents
 from basefs.handlers.graduated import GraduatedImages
 from basefs.handlers.uses import ImageUses
-from basefs.sources.base import ImageSource
+from basefs.sources.choice import SourceChoice
 from basefs.views.choice import Views
 
 log = logging.getLogger(__name__)
@@ -70,13 +70,14 @@ class CacheParts:
 
 async def build_cache(
     nursery: trio.Nursery,
-    source: ImageSource,
+    source: SourceChoice,
     catalog: Catalog,
     counters: FetchCounters,
     settings: Settings,
     *,
     outage: Outage,
     forget_pages: Callable[[ImageEntry], None],
+    blame: Callable[[ImageEntry], None],
     is_first: bool,
     graduated: GraduatedImages,
 ) -> CacheParts:
@@ -113,6 +114,8 @@ async def build_cache(
         evictor=evictor,
         unstored=UnstoredChunks(),
         traces=TraceStore(settings.cache_dir / "traces", disk),
+        good_at=source.good_at,
+        blame=blame,
         outage=outage,
         forget_pages=forget,
         pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),

@@ -105,20 +105,23 @@ def build_linking(
     settings: Settings,
     catalog: Catalog,
     cache: CacheParts,
+    handler: TemplateImageHandler,
     access: GlanceAccess,
     channel: KeeperChannel,
     database: StateDatabase,
     nursery: trio.Nursery,
 ) -> Linking:
-    """By `template_image_handler`. With `downloading` what an earlier server linked is detached.
+    """By `template_image_handler` and `source_order`; what an earlier server linked is detached where nothing is.
+
+    `handler` prepares what is not linked.
 
     Raises:
         ConfigError: `[cinder]` is not usable.
     """
     held = [*channel.take(FD_PREFIX), *channel.take(CONNECTION_PREFIX)]
-    is_on = settings.template_image_handler != "downloading"
+    is_on = settings.template_image_handler != "downloading" and "volume" in settings.source_order
     if not is_on and not held and not any(entry.local.link for entry in catalog.entries()):
-        return Linking(cache.handler, None, held, nursery)
+        return Linking(handler, None, held, nursery)
     options = settings.volume_linking
     link_settings = LinkSettings(
         is_on=is_on,
@@ -131,4 +134,4 @@ def build_linking(
     volumes = open_volume_links(loaded.conf, options, GlanceLocations(access).locations, nursery=nursery)
     steps = LinkSteps(volumes, cache.handler, cache.views, channel, link_settings, stored=database.stored)
     links = Links(steps, cache.uses, channel, link_settings, nursery, catalog.entries)
-    return Linking(VolumeLinkingTemplateImageHandler(cache.handler, links), links, held, nursery)
+    return Linking(VolumeLinkingTemplateImageHandler(handler, links), links, held, nursery)

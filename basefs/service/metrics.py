@@ -28,6 +28,7 @@ from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.linking import Linking
 from basefs.service.metrics_table import Sample
 from basefs.sources.access import GlanceAccess
+from basefs.sources.choice import SourceChoice
 from basefs.sources.glance import GlanceSource
 from basefs.sources.request_stats import RequestKind
 
@@ -73,7 +74,8 @@ class MetricsParts:
     catalog: Catalog
     gate: ServableGate
     handler: DownloadingTemplateImageHandler
-    source: GlanceSource
+    source: SourceChoice
+    glance: GlanceSource
     access: GlanceAccess
     operations: Operations
     counters: FetchCounters
@@ -110,6 +112,7 @@ class Metrics:
             *self._graduation(),
             *self._links(),
             *self._glance(),
+            *self._sources(),
             *self._images(),
         ]
 
@@ -198,7 +201,7 @@ class Metrics:
             yield "basefs_glance_requests_total", (kind, status), count
         for name, histogram in http.durations().items():
             yield "basefs_glance_request_duration_seconds", (name,), histogram
-        yield "basefs_glance_received_bytes_total", (), parts.source.received_bytes
+        yield "basefs_glance_received_bytes_total", (), parts.glance.received_bytes
         if parts.access.contact.reachable is not None:
             yield "basefs_glance_reachable", (), float(parts.access.contact.reachable)
         endpoints = parts.access.endpoints
@@ -207,6 +210,14 @@ class Metrics:
         yield "basefs_outage", (), float(endpoints.outage.is_on)
         if parts.catalog.refreshed_at is not None:
             yield "basefs_catalog_refreshed_timestamp_seconds", (), parts.catalog.refreshed_at
+
+    def _sources(self) -> Iterator[Sample]:
+        source = self._parts.source
+        for name, (requests, received_bytes) in source.counts().items():
+            yield "basefs_source_requests_total", (name,), requests
+            yield "basefs_source_received_bytes_total", (name,), received_bytes
+        for store in source.stores_report():
+            yield "basefs_store_resting", (store["source"], store["endpoint"]), float(store["state"] == "resting")
 
     def _images(self) -> Iterator[Sample]:
         gate, handler = self._parts.gate, self._parts.handler

@@ -91,6 +91,16 @@ _GLANCE = (
     Metric("basefs_outage", "gauge", "1 while nothing is fetched: Glance is away, or Keystone and no token is left."),
     Metric("basefs_catalog_refreshed_timestamp_seconds", "gauge", "When the image catalog was last refreshed."),
 )
+_SOURCES = (
+    Metric("basefs_source_requests_total", "counter", "Requests for bytes of images, by source.", ("source",)),
+    Metric("basefs_source_received_bytes_total", "counter", "Bytes of images that came, by source.", ("source",)),
+    Metric(
+        "basefs_store_resting",
+        "gauge",
+        "1 while a store behind Glance failed and was not seen to answer since; images come from their next source.",
+        ("source", "endpoint"),
+    ),
+)
 _IMAGES = (
     Metric("basefs_images", "gauge", "Images by what holds of them; one image may count in several.", ("what",)),
     Metric("basefs_open_handles", "gauge", "Handles on images that the kernel has open."),
@@ -99,5 +109,6 @@ _IMAGES = (
     Metric("basefs_image_open_handles", "gauge", "Handles on an image.", ("image_id",)),
 )
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*_SERVER, *_REQUESTS, *_CACHE, *_GRADUATION, *_LINKS, *_GLANCE, *_IMAGES)
+    metric.name: metric
+    for metric in (*_SERVER, *_REQUESTS, *_CACHE, *_GRADUATION, *_LINKS, *_GLANCE, *_SOURCES, *_IMAGES)
 }

@@ -53,9 +53,9 @@ from basefs.service.linking import Linking, build_linking
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.process import outlive_keeper
 from basefs.service.session import serve_session
+from basefs.service.sourcing import Sourcing
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
-from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ class Service:
         )
         await catalog.load()
         counters = FetchCounters()
-        source = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        sourcing = Sourcing(self._access, settings, self._loaded.conf, catalog, nursery, lambda: cache.handler)
+        source = sourcing.source
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
         graduated = await open_graduated(self._arguments.lower_fd, self._channel, nursery, catalog)
@@ -118,6 +119,7 @@ class Service:
 
         def forget_pages(entry: ImageEntry) -> None:
             pages.forget(image_inode(entry.number))
+            sourcing.distrust(entry)
             if linking is not None:
                 linking.distrust(entry)
 
@@ -129,11 +131,15 @@ class Service:
             settings,
             outage=self._access.endpoints.outage,
             forget_pages=forget_pages,
+            blame=sourcing.blame,
             is_first=is_first,
             graduated=graduated,
         )
         handler = cache.handler
-        linking = build_linking(self._loaded, settings, catalog, cache, self._access, self._channel, database, nursery)
+        inner = await sourcing.place(cache, self._channel, nursery)
+        linking = build_linking(
+            self._loaded, settings, catalog, cache, inner, self._access, self._channel, database, nursery
+        )
         links = linking.links
         integrity = Integrity(catalog, handler, cache.uses, database, settings)
         gate = ServableGate(
@@ -152,7 +158,7 @@ class Service:
             catalog,
             gate,
             handler,
-            source,
+            sourcing,
             self._access,
             mountpoint=settings.mountpoint,
             view=settings.view,
@@ -167,15 +173,24 @@ class Service:
         images = ImageFiles(
             catalog, gate, linking.handler, self._file_settings(), nursery, opens, stored=database.stored
         )
+        await sourcing.begin()
         await linking.begin()
         nursery.start_soon(images.remove_left_over)
         graduator = build_graduator(nursery, handler, graduated, images, settings, stored=linking.stored_by(database))
         nursery.start_soon(graduator.tidy_up, catalog.entries)
         outage = self._access.endpoints.outage
         hydrator = build_hydrator(
-            cache, catalog, gate, settings, outage, graduation=graduator, is_linked=linking.is_linked
+            cache,
+            catalog,
+            gate,
+            settings,
+            outage,
+            graduation=graduator,
+            is_linked=lambda entry: linking.is_linked(entry) or sourcing.is_placed(entry),
         )
         linking.wakes(hydrator.wake, cache)
+        if sourcing.placed is not None:
+            sourcing.placed.changed = hydrator.wake
         view.drains = Drain(catalog, cache.uses, graduator, nursery, complete=hydrator.complete)
         virtual = VirtualTree(catalog, images, view.status, view.report, self._channel)
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
@@ -187,6 +202,7 @@ class Service:
                 gate=gate,
                 handler=handler,
                 source=source,
+                glance=sourcing.glance,
                 access=self._access,
                 operations=view.operations,
                 counters=counters,
@@ -227,7 +243,8 @@ class Service:
         else:
             _end_by(STOP_LIMIT_S)
         await graduator.stop()  # it has images open
-        await handler.close()
+        await linking.handler.close()
+        await source.close()
         await self._channel.flush()
 
     def _file_settings(self) -> ImageFileSettings:

@@ -25,9 +25,9 @@ from basefs.service.cache_parts import CacheParts
 from basefs.service.drain import Drain
 from basefs.service.integrity import Integrity
 from basefs.service.linking import Linking
+from basefs.service.sourcing import Sourcing
 from basefs.service.traces import Traces
 from basefs.sources.access import GlanceAccess
-from basefs.sources.glance import GlanceSource
 
 
 class View:
@@ -38,7 +38,7 @@ class View:
         catalog: Catalog,
         gate: ServableGate,
         handler: DownloadingTemplateImageHandler,
-        source: GlanceSource,
+        sourcing: Sourcing,
         access: GlanceAccess,
         *,
         mountpoint: Path,
@@ -53,7 +53,7 @@ class View:
         self._catalog = catalog
         self._gate = gate
         self._handler = handler
-        self._source = source
+        self._sourcing = sourcing
         self._access = access
         self._mountpoint = mountpoint
         self._view = view
@@ -93,8 +93,9 @@ class View:
             **self._linking.status(),
             "hydrated_bytes": self._counters.hydrated_bytes,
             "open_handles": sum(self._handler.open_handles(entry) for entry in entries),
-            "fetched_bytes": self._source.received_bytes,
-            "fetch_requests": self._source.requests,
+            "fetched_bytes": self._sourcing.source.received_bytes,
+            "fetch_requests": self._sourcing.source.requests,
+            **self._sourcing.status(),
             "cache_bytes": sum(entry.local.cached_bytes for entry in entries),
             **self._cache.status(),
             "damaged_chunks": self._counters.damaged_chunks,
@@ -128,7 +129,8 @@ class View:
 
     def report(self, entry: ImageEntry) -> dict[str, Any]:
         """Everything about one image."""
-        return image_report(entry, self._gate, self._linking.handler, self._cache.uses, self._view)
+        report = image_report(entry, self._gate, self._linking.handler, self._cache.uses, self._view)
+        return report | self._sourcing.report(entry)
 
     async def warm(self, ref: str) -> AsyncGenerator[dict[str, Any], None]:
         """See `ServiceView.warm`."""

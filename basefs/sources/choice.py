@@ -20,6 +20,7 @@ from basefs.core.location_kinds import SourceName
 from basefs.observability import ConditionLog
 from basefs.sources.base import Deliver, Digest, ImageSource, ProbeResult
 from basefs.sources.delivery import Delivery
+from basefs.sources.glance import RANGED_REASON
 from basefs.sources.image_ways import ImageWays, Refusal, host_of, pairs
 from basefs.sources.known_locations import KnownLocations
 from basefs.sources.starts import START_BYTES, KeptStart, Starts
@@ -46,14 +47,19 @@ class SourceChoice:
         nursery: trio.Nursery,
         kept_start: KeptStart,
         is_blamed: Callable[[str], bool],
+        reads_from: Callable[[str, str], None] = lambda _image_id, _reason: None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """`is_blamed(image_id)`: a store gave wrong bytes of it once, so it is read through Glance only."""
+        """`is_blamed(image_id)`: a store gave wrong bytes of it once, so it is read through Glance only.
+
+        `reads_from(image_id, reason)` is told when an image's bytes come from another source than before.
+        """
         self.glance = glance
         self.stores: Mapping[SourceName, Store] = {store.name: store for store in stores}
         self._order = (*order, *(() if "glance" in order else ("glance",)))
         self._nursery = nursery
         self._is_blamed = is_blamed
+        self._reads_from = reads_from
         self._locations = KnownLocations(ask_locations, nursery)
         self._starts = Starts(kept_start)
         self._reads = StoreReads(nursery, refresh=self._locations.refresh, jitter=jitter)
@@ -88,8 +94,7 @@ class SourceChoice:
             is_start = length >= min(size, START_BYTES)
             if await self._reads.take(way, delivery, length, header if is_start else None):
                 self._note(way)
-                reason = f"{way.endpoint.title} answered a range with exactly its bytes"
-                return ProbeResult(kind="ranged", reason=reason, header=bytes(header))
+                return ProbeResult(kind="ranged", reason=_reason(way), header=bytes(header))
         raise AssertionError("Glance is always asked")
 
     async def fetch_range(
@@ -112,6 +117,8 @@ class SourceChoice:
             try:
                 await self._take_from_glance(image_id, size, delivery, piece_bytes)
             except errors.SourceError as exc:
+                if delivery.is_over:
+                    raise
                 error = exc
             else:
                 return
@@ -147,6 +154,27 @@ class SourceChoice:
             )
         return {"read_from": None if image is None else image.last, "sources": ways}
 
+    def stores_report(self) -> list[dict[str, Any]]:
+        """The stores that are configured and where they were read, as JSON values. No secret."""
+        endpoints = [
+            {
+                "source": one.name,
+                "endpoint": one.host,
+                "state": "answers" if one.rest.is_good else "resting",
+                "error": one.error,
+            }
+            for one in self._endpoints.values()
+        ]
+        unused = set(self.stores) - {one.name for one in self._endpoints.values()}
+        return endpoints + [
+            {"source": name, "endpoint": "", "state": "unused", "error": None} for name in self.stores if name in unused
+        ]
+
+    def counts(self) -> dict[SourceName, tuple[int, int]]:
+        """Requests for image bytes and bytes that came, by source."""
+        by_store = {name: (store.requests, store.received_bytes) for name, store in self.stores.items()}
+        return {**by_store, "glance": (self.glance.requests, self.glance.received_bytes)}
+
     async def locations(self, image_id: str) -> tuple[str, ...]:
         """The image's locations, as `KnownLocations.of`. They may hold secrets."""
         return await self._locations.of(image_id)
@@ -166,18 +194,17 @@ class SourceChoice:
         If so the caller has `is_blamed` say so from here.
         """
         image = self._images.get(image_id)
-        if image is None or not image.ways:
+        if not self.stores or (image is not None and not image.ways):
             return False
         self._starts.forget(image_id)
-        # What an earlier server fetched may have come from any of them.
-        titles = sorted({way.endpoint.title for way in image.ways if way.delivered_bytes}) or sorted(
-            {way.endpoint.title for way in image.ways}
-        )
+        ways = [] if image is None else image.ways
+        titles = sorted({way.endpoint.title for way in ways if way.delivered_bytes})
         log.warning(
             "image %s: its bytes had another hash than Glance tells, and some may have come from %s: it is read "
-            "through Glance only from now on", image_id, ", ".join(titles),
+            "through Glance only from now on",
+            image_id, ", ".join(titles) or "a store, through a server before this one",
         )  # fmt: skip
-        for way in image.ways:
+        for way in ways:
             way.drop()
         return True
 
@@ -255,17 +282,26 @@ class SourceChoice:
             )
         finally:
             delivery.leave()
-            if delivery.at > begun_at and (image := self._images.get(image_id)) is not None:
-                image.last = "glance"
+            if delivery.at > begun_at:
+                self._note_from(image_id, "glance", RANGED_REASON)
 
     def _note(self, way: Way) -> None:
         """Bytes came by this way. What was not read from for longest is closed, beyond OPEN_OBJECTS_MAX."""
-        if (image := self._images.get(way.image_id)) is not None:
-            image.last = way.name
+        self._note_from(way.image_id, way.name, _reason(way))
         self._recent[way] = None
         self._recent.move_to_end(way)
         if len(self._recent) > OPEN_OBJECTS_MAX:
             self._recent.popitem(last=False)[0].drop()
+
+    def _note_from(self, image_id: str, name: SourceName, reason: str) -> None:
+        image = self._images.get(image_id)
+        if image is not None and image.last != name:
+            image.last = name
+            self._reads_from(image_id, reason)
+
+
+def _reason(way: Way) -> str:
+    return f"{way.endpoint.title} answered a Range with exactly its bytes"
 
 
 def _add_to(header: bytearray, _offset: int, piece: memoryview) -> bool:

@@ -18,13 +18,12 @@ from basefs.concurrency.threads import BlockingCalls
 from basefs.core.byte_ranges import range_header
 from basefs.sources.access import GlanceAccess
 from basefs.sources.base import Deliver, Digest, ProbeResult, new_hasher
-from basefs.sources.bodies import check_content_range, content_length
+from basefs.sources.bodies import content_length
 from basefs.sources.body_pieces import Body
 from basefs.sources.http_errors import error_of_status, retry_after_s, text_of_body, translated
+from basefs.sources.range_answers import pieces_of_206
 from basefs.sources.session import is_word_of_glance
 
-UNSIZED_BYTES_MAX = 16 * 1024 * 1024
-"""A 206 that does not tell its length is counted in memory before delivery; larger ones are refused."""
 RANGED_REASON = "Glance answered a Range with exactly its bytes"
 _ERROR_PAGE_BYTES_MAX = 4096
 _RANGE_REFUSED = (
@@ -173,30 +172,19 @@ class GlanceSource:
         what = f"image {image_id}, bytes {offset} to {offset + length - 1}"
         if response.status_code != http.HTTPStatus.PARTIAL_CONTENT:
             raise self._range_status_error(response, what)
-        check_content_range(response, what, size, offset, length)
-        stated = content_length(response, what)
-        if stated is None:
-            yield from self._counted(response, what, length, piece_bytes)
-            return
-        if stated > length:
-            raise errors.RangeNotHonouredError(f"{what}: Glance sends {stated} bytes under a 206")
-        if stated < length:
-            raise errors.SourceCorruptError(f"{what}: Glance sends {stated} bytes, its Content-Range says {length}")
-        yield from self._body(response, what).pieces(length, piece_bytes)
+        yield from pieces_of_206(
+            response,
+            what,
+            who="Glance",
+            size=size,
+            offset=offset,
+            length=length,
+            piece_bytes=piece_bytes,
+            came=self._came,
+        )
 
     def _checked_start(self, response: requests.Response, image_id: str, size: int, length: int) -> bytes:
         return b"".join(map(bytes, self._checked_range(response, image_id, size, 0, length, length)))
-
-    def _counted(self, response: requests.Response, what: str, length: int, piece_bytes: int) -> Iterator[memoryview]:
-        """The body of a 206 that does not tell its length, once it was counted."""
-        if length > UNSIZED_BYTES_MAX:
-            raise errors.RangeNotHonouredError(f"{what}: Glance does not tell the length of its 206")
-        body = self._body(response, what)
-        counted = memoryview(body.all(length))
-        if body.has_more():
-            raise errors.RangeNotHonouredError(f"{what}: Glance sends more than these under a 206")
-        for start in range(0, length, piece_bytes):
-            yield counted[start : start + piece_bytes]
 
     def _start_of(self, response: requests.Response, image_id: str, length: int) -> bytes:
         return self._body(response, f"image {image_id}").all(length)

@@ -57,10 +57,10 @@ def _seconds_until(text: str) -> float:
 
 
 def error_of_status(
-    status: int, what: str, *, detail: str = "", retry_after: float | None = None
+    status: int, what: str, *, detail: str = "", retry_after: float | None = None, who: str = "Glance"
 ) -> errors.BasefsError:
-    """The error that Glance's answer `status` (not 2xx) to `what` means."""
-    message = f"{what}: Glance answered {status}" + (f" ({detail})" if detail else "")
+    """The error that the answer `status` (not 2xx) of Glance, or `who` it was, to `what` means."""
+    message = f"{what}: {who} answered {status}" + (f" ({detail})" if detail else "")
     if status == http.HTTPStatus.NOT_FOUND:
         return errors.ImageNotFoundError(message)
     if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):

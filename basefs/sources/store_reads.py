@@ -58,7 +58,8 @@ class StoreReads:
                 raise errors.SourceUnavailableError(text, may_be_away=True)
         except errors.SourceError as exc:
             self._failed(way, exc)
-            return False
+            # One that fails after its last byte has given all; but a header is good only once it was compared.
+            return delivery.is_over and header is None
         finally:
             delivery.leave()
             way.delivered_bytes += delivery.at - begun_at

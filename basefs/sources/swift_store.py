@@ -19,6 +19,7 @@ from requests import Response
 
 from basefs import errors
 from basefs.concurrency.anonymous import without_token
+from basefs.config.auth_sections import auth_section_of
 from basefs.config.store_options import SWIFT_SECTION, SwiftSettings
 from basefs.core.safe_text import safe_text
 from basefs.core.store_location import ObjectLocation, host_of, is_listed, object_location
@@ -149,7 +150,7 @@ def open_swift(conf: cfg.ConfigOpts, settings: SwiftSettings, *, threads_max: in
         ConfigError: The options do not fit together, or name an auth plugin that is not there.
     """
     try:
-        auth = loading.load_auth_from_conf_options(conf, SWIFT_SECTION)
+        auth = loading.load_auth_from_conf_options(conf, auth_section_of(conf, SWIFT_SECTION))
         if auth is None:
             raise errors.ConfigError(f"[{SWIFT_SECTION}] auth_type is not set")
         auth = without_token(auth)

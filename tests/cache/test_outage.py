@@ -1,6 +1,7 @@
 """When tries are made again, and what a stream that turns out wrong may not spoil."""
 
 import hashlib
+import math
 
 import pytest
 import trio
@@ -148,3 +149,28 @@ async def test_an_outage_closes_every_gate_and_its_end_opens_them_in_the_same_mo
     assert woken == [ended_at] * 1000
     assert outage.waited == 1000
     assert caplog.records == []
+
+
+async def test_an_outage_stops_no_image_that_a_store_has(autojump_clock: trio.testing.MockClock) -> None:
+    outage, good_at = Outage(), {"in a store": -math.inf, "resting": 7.0, "nowhere else": math.inf}
+    start = trio.current_time()
+    good_at["resting"] += start
+    gates = {image: RetryGate(image, lambda: 0.999, outage, good_at.__getitem__) for image in good_at}
+    outage.begin(errors.SourceUnavailableError("Glance is away", may_be_away=True, is_outage=True))
+    assert {image: gate.is_open for image, gate in gates.items()} == {
+        "in a store": True, "resting": False, "nowhere else": False,
+    }  # fmt: skip
+    await gates["resting"].wait()
+    assert trio.current_time() - start == 7.0
+    with trio.move_on_after(1000) as waited:
+        await gates["nowhere else"].wait()
+    assert waited.cancelled_caught
+    gates["in a store"].failed(outage.error)  # the store failed, too
+    assert not gates["in a store"].is_open
+    before = trio.current_time()
+    await gates["in a store"].wait()
+    assert 0 < trio.current_time() - before <= RETRY_BASE_S
+    good_at["in a store"] = math.inf
+    gates["in a store"].failed(outage.error)
+    outage.end()
+    assert all(gate.is_open for gate in gates.values())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from basefs.config import Settings, find_config_files, load_settings
 from basefs.config.options import BASEFS_OPTS
+from basefs.config.source_options import FILE_OPTS, HTTP_OPTS, FileLocationSettings, HttpLocationSettings
 from basefs.config.volume_options import VOLUME_LINKING_OPTS, VolumeLinkingSettings
 from basefs.errors import ConfigError
 
@@ -18,7 +19,8 @@ def test_defaults_are_those_of_the_options(config_file):
     loaded = config_file.settings()
     for opt in BASEFS_OPTS:
         if opt.dest not in {"mountpoint", "cache_dir", "control_socket", "instances_path"}:
-            assert getattr(loaded, opt.dest) == opt.default
+            is_list = isinstance(opt.default, list)
+            assert getattr(loaded, opt.dest) == (tuple(opt.default) if is_list else opt.default)
 
 
 def test_instances_path_is_the_parent_of_the_mount_point(config_file):
@@ -27,8 +29,11 @@ def test_instances_path_is_the_parent_of_the_mount_point(config_file):
 
 
 def test_settings_and_options_have_the_same_names():
-    assert {opt.dest for opt in BASEFS_OPTS} | {"volume_linking"} == set(Settings.__slots__)
+    sections = {"volume_linking", "http_location", "file_location", "rbd", "s3", "swift"}
+    assert {opt.dest for opt in BASEFS_OPTS} | sections == set(Settings.__slots__)
     assert {opt.dest for opt in VOLUME_LINKING_OPTS} == set(VolumeLinkingSettings.__slots__)
+    assert {opt.dest for opt in HTTP_OPTS} == set(HttpLocationSettings.__slots__)
+    assert {opt.dest for opt in FILE_OPTS} == set(FileLocationSettings.__slots__)
 
 
 def test_paths_lose_links_and_dots(config_file):

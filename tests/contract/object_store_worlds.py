@@ -202,6 +202,7 @@ class ServerSwiftWorld(_ServerWorld):
         conf([], default_config_files=[])
         conf.register_opts([*SWIFT_OPTS, *swift_common_opts()], group="swift")
         conf.register_opts(loading.get_auth_plugin_conf_options("v1password"), group="swift")
+        conf.register_opts(loading.get_auth_common_conf_options(), group="glance")
         values = {
             "auth_type": "v1password",
             "auth_url": f"{self.server.url}/auth/v1.0",

@@ -10,7 +10,7 @@ import trio
 
 from basefs import errors
 from tests.contract.object_store_worlds import MemoryRbdWorld, ServerS3World, ServerSwiftWorld
-from tests.contract.store_worlds import PIECE_BYTES, SECRET, MemoryStoreWorld
+from tests.contract.store_worlds import PIECE_BYTES, SECRET, HttpWorld, MemoryStoreWorld
 from tests.contract.test_image_source import Taken
 
 DATA = os.urandom(3 * 1024 * 1024 + 12345)
@@ -21,6 +21,7 @@ CANCEL_LIMIT_S = 10.0
 
 WORLDS = {
     "memory": MemoryStoreWorld,
+    "http": HttpWorld,
     "rbd in memory": MemoryRbdWorld,
     "rbd in memory, no object map": partial(MemoryRbdWorld, has_map=False),
     "s3 server": ServerS3World,

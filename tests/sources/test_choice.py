@@ -359,7 +359,7 @@ async def test_a_probe_reads_the_header_once_and_says_from_where(world, choice):
     world.put(world.rbd)
     probe = await choice.probe(IMAGE, size=SIZE, header_bytes=1 << 19)
     assert (probe.kind, probe.header) == ("ranged", DATA[: 1 << 19])
-    assert probe.reason == "rbd at cluster answered a range with exactly its bytes"
+    assert probe.reason == "rbd at cluster answered a Range with exactly its bytes"
     await fetch(choice)
     assert [call[1:] for call in world.rbd.calls] == [(0, 1 << 19), (0, SIZE)]
     assert world.glance.requests == 0
@@ -436,7 +436,6 @@ async def test_locations_that_a_store_refuses_are_not_tried_and_told_without_the
 
 async def test_a_blamed_image_is_read_through_glance_only(world, choice, expected_warnings):
     expected_warnings(f"image {IMAGE}: its bytes had another hash .* come from rbd at cluster: it is read through")
-    assert not choice.blame(IMAGE), "no store had anything to do with it"
     world.put(world.rbd, world.s3)
     await fetch(choice)
     assert choice.blame(IMAGE)
@@ -446,6 +445,14 @@ async def test_a_blamed_image_is_read_through_glance_only(world, choice, expecte
     assert choice.good_at(IMAGE) == math.inf
     assert choice.report(IMAGE)["sources"][-1]["state"] == "only"
     await until(lambda: world.rbd.opened == 0)
+
+
+async def test_only_a_store_that_may_have_had_to_do_with_it_is_blamed(world, choice, nursery, expected_warnings):
+    assert not world.choice(nursery, stores=[]).blame(IMAGE)
+    expected_warnings("some may have come from a store, through a server before this one")
+    assert choice.blame(IMAGE), "who knows what an earlier server did"
+    await fetch(choice)
+    assert not choice.blame(IMAGE), "it has no location in a store"
 
 
 async def test_a_stream_is_glances(world, choice):

@@ -11,7 +11,7 @@ import trio
 from basefs import errors
 from basefs.sources import access as access_module
 from basefs.sources import bodies as bodies_module
-from basefs.sources import glance as glance_module
+from basefs.sources import range_answers
 from basefs.sources import session as session_module
 from basefs.sources.base import Digest
 from basefs.sources.glance import GlanceSource
@@ -148,7 +148,7 @@ async def test_a_206_of_untold_length_is_counted_before_anything_of_it_is_delive
 
 
 async def test_a_206_of_untold_length_is_not_kept_in_memory_without_bound(front, source, monkeypatch):
-    monkeypatch.setattr(glance_module, "UNSIZED_BYTES_MAX", SIZE - 1)
+    monkeypatch.setattr(range_answers, "UNSIZED_BYTES_MAX", SIZE - 1)
     image = front.glance.add(DATA)
     front.on("/file").respond(answers.chunked())
     with pytest.raises(errors.RangeNotHonouredError, match="does not tell the length"):
