@@ -4,7 +4,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup peers demo test ceph-test check bench bench-peers soak fuzz guest clean
+.PHONY: setup peers demo test ceph-test check bench bench-peers bench-stores soak fuzz guest clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -43,6 +43,11 @@ bench: setup peers guest
 # basefs beside what else brings an image to a node; `make bench-peers BENCH_ARGS="--alternations 1"` takes half of the half hour.
 bench-peers: peers guest
 	@$(PYTHON) -m tools.bench.peers $(BENCH_ARGS)
+
+# Images read from a real Ceph.
+bench-stores: setup guest
+	@tools/setup ceph
+	@$(PYTHON) -m tools.bench stores
 
 bench-%: setup
 	@$(PYTHON) -m tools.bench $*

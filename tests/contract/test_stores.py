@@ -10,6 +10,7 @@ import trio
 
 from basefs import errors
 from tests.contract.object_store_worlds import MemoryRbdWorld, ServerS3World, ServerSwiftWorld
+from tests.contract.real_store_worlds import RealRbdWorld, RealS3World, RealSwiftWorld
 from tests.contract.store_worlds import PIECE_BYTES, SECRET, HttpWorld, MemoryStoreWorld
 from tests.contract.test_image_source import Taken
 
@@ -29,9 +30,16 @@ WORLDS = {
 }
 
 
-@pytest.fixture(params=list(WORLDS))
+REAL_WORLDS = {"real rbd": RealRbdWorld, "real s3": RealS3World, "real swift": RealSwiftWorld}
+_REAL_MARKS = (pytest.mark.glance, pytest.mark.keystone, pytest.mark.ceph)
+
+
+@pytest.fixture(params=[*WORLDS, *(pytest.param(name, marks=_REAL_MARKS) for name in REAL_WORLDS)])
 async def world(request):
-    made = WORLDS[request.param]()
+    if request.param in WORLDS:
+        made = WORLDS[request.param]()
+    else:
+        made = REAL_WORLDS[request.param](request.getfixturevalue("object_stores_rig"))
     yield made
     made.heal()
     await made.close()

@@ -113,6 +113,17 @@ class Ceph:
         service.send(signal.SIGKILL)
         service.stop()
 
+    def pause(self, name: str) -> None:
+        """Freeze a daemon."""
+        self._services[name].send(signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        """Thaw a daemon; one that was killed is started again."""
+        if name in self._services:
+            self._services[name].send(signal.SIGCONT)
+        else:
+            self.start_daemon(name)
+
     def start_daemon(self, name: str) -> None:
         """Start a daemon, again after `kill`; returns when it answers, but of an OSD."""
         if name == "rgw":

@@ -1,6 +1,7 @@
 """radosgw on the rig's Ceph: the S3 and the Swift API of a rig, and Glance's stores in them."""
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from tools.rig.identity import PASSWORD
 
@@ -82,6 +83,31 @@ def glance_conf(directory: str, port: int, *, swift: bool) -> str:
     if swift:
         stores += _GLANCE_SWIFT.format(d=directory, container=CONTAINER)
     return stores
+
+
+def s3_client(endpoint: str) -> Any:
+    """Return a client of S3 as Glance's user. The caller's Python has botocore."""
+    from botocore.session import get_session
+
+    return get_session().create_client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="default",
+        aws_access_key_id=S3_KEY,
+        aws_secret_access_key=S3_SECRET,
+    )
+
+
+def allow_reader(endpoint: str) -> None:
+    """Make Glance's bucket, if it is not there, and let the reader read it: what an operator does for basefs."""
+    client = s3_client(endpoint)
+    client.create_bucket(Bucket=BUCKET)
+    bucket = f"arn:aws:s3:::{BUCKET}"
+    statements = [
+        {"Effect": "Allow", "Principal": {"AWS": ["arn:aws:iam:::user/rigreader"]}, "Action": action, "Resource": where}
+        for action, where in (("s3:GetObject", f"{bucket}/*"), ("s3:ListBucket", bucket))
+    ]
+    client.put_bucket_policy(Bucket=BUCKET, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements}))
 
 
 def make_users(ceph: "Ceph") -> None:
