@@ -39,7 +39,8 @@ class Doctor(BasefsCommand, Lister):
         yield from check_host.check_directories(settings)
         yield from check_mount.check_mount(settings)
 
-        from basefs.cli import check_glance, check_volumes
+        from basefs.cli import check_glance, check_sources, check_volumes
 
         yield from check_glance.check_glance(conf)
+        yield from check_sources.check_sources(conf, settings)
         yield from check_volumes.check_volumes(conf, settings)

@@ -21,6 +21,7 @@ from basefs.fuse.operations import Operations
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.graduation import Graduator
+from basefs.handlers.placed import PlacedImages
 from basefs.log_writer import LogWriter
 from basefs.service.cache_parts import CacheParts
 from basefs.service.integrity import Integrity
@@ -76,6 +77,7 @@ class MetricsParts:
     handler: DownloadingTemplateImageHandler
     source: SourceChoice
     glance: GlanceSource
+    placed: PlacedImages | None
     access: GlanceAccess
     operations: Operations
     counters: FetchCounters
@@ -216,6 +218,9 @@ class Metrics:
         for name, (requests, received_bytes) in source.counts().items():
             yield "basefs_source_requests_total", (name,), requests
             yield "basefs_source_received_bytes_total", (name,), received_bytes
+        if (placed := self._parts.placed) is not None:
+            yield "basefs_images_in_place", (), placed.count()
+            yield "basefs_in_place_breaks_total", (), placed.breaks
         for store in source.stores_report():
             yield "basefs_store_resting", (store["source"], store["endpoint"]), float(store["state"] == "resting")
 

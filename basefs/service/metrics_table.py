@@ -94,6 +94,8 @@ _GLANCE = (
 _SOURCES = (
     Metric("basefs_source_requests_total", "counter", "Requests for bytes of images, by source.", ("source",)),
     Metric("basefs_source_received_bytes_total", "counter", "Bytes of images that came, by source.", ("source",)),
+    Metric("basefs_images_in_place", "gauge", "Images that are read from Glance's own files on this host."),
+    Metric("basefs_in_place_breaks_total", "counter", "Reads that such a file failed; they went on elsewhere."),
     Metric(
         "basefs_store_resting",
         "gauge",

@@ -203,6 +203,7 @@ class Service:
                 handler=handler,
                 source=source,
                 glance=sourcing.glance,
+                placed=sourcing.placed,
                 access=self._access,
                 operations=view.operations,
                 counters=counters,

@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import trio
-
 from basefs.core.location_kinds import SourceName, endpoint_of, kind_of
 from basefs.core.safe_text import safe_text
 from basefs.sources.store import Store
@@ -64,7 +62,7 @@ class ImageWays:
 def _state(way: Way) -> str:
     if way.is_good:
         return "read" if way.delivered_bytes else "ready"
-    return "due" if way.is_due(trio.current_time()) else "resting"
+    return "resting"
 
 
 def pairs(

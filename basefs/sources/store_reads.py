@@ -1,7 +1,7 @@
 """Reads through one way to an image, and what follows from how they end: rests, records, tries.
 
-Invariants: a reader waits for a way that fails once, FIRST_PIECE_S at most; what rests is tried by a task of its own,
-one at a time for an endpoint. Owned by the trio loop.
+Invariants: a reader waits for a way that fails once, FIRST_PIECE_S at most; what rests is tried by a task of its own:
+an endpoint until it answers, an image at one that does when the image is wanted. Owned by the trio loop.
 """
 
 import logging
@@ -67,13 +67,31 @@ class StoreReads:
         return True
 
     def try_again(self, way: Way) -> None:
-        """Find out, in a task of its own, if the way is good again; nothing while its endpoint is being tried."""
-        if not way.endpoint.is_tried:
-            way.endpoint.is_tried = True
-            self._nursery.start_soon(self._try, way)
+        """Find out, in a task of its own, if the way, whose endpoint answers, is good again."""
+        if not way.is_tried:
+            way.is_tried = True
+            self._nursery.start_soon(self._try_once, way)
+
+    async def _try_once(self, way: Way) -> None:
+        """Ends as `_try`."""
+        try:
+            await self._try(way)
+        finally:
+            way.is_tried = False
+
+    async def _watch(self, way: Way) -> None:
+        """Try the way until its endpoint answers something. Ends with that, or when the nursery is cancelled."""
+        endpoint = way.endpoint
+        try:
+            while not endpoint.rest.is_good:
+                await trio.sleep_until(endpoint.rest.until)
+                if not endpoint.rest.is_good:  # a request that was under way may have been answered
+                    await self._try(way)
+        finally:
+            endpoint.is_watched = False
 
     async def _try(self, way: Way) -> None:
-        """Ends within FIRST_PIECE_S, or when the nursery is cancelled."""
+        """Ends within FIRST_PIECE_S."""
         try:
             with trio.move_on_after(FIRST_PIECE_S):
                 async with way.reading() as opened:
@@ -85,30 +103,40 @@ class StoreReads:
             self._failed(way, exc)
         except Exception:  # no bug in a store may end the server that guests read from
             log.exception("bug in a try of %s for image %s", way.endpoint.title, way.image_id)
-            self._failed(way, errors.SourceUnavailableError("a bug"))
-        finally:
-            way.endpoint.is_tried = False
+            self._failed(way, errors.SourceUnavailableError("a bug", may_be_away=True))
 
     def _failed(self, way: Way, error: errors.SourceError) -> None:
-        was_good = way.endpoint.rest.is_good
+        endpoint = way.endpoint
+        was_good = endpoint.rest.is_good
         way.failed(error, jitter=self._jitter())
-        title = way.endpoint.title
         if isinstance(error, errors.StoreGoneError):
             self._refresh(way.image_id)
-        if was_good and not way.endpoint.rest.is_good:
-            log.warning("%s fails: %s; images are read from their next source until it answers again", title, way.error)
-        elif way.endpoint.rest.is_good and not isinstance(error, errors.SourceUnavailableError):
-            self._told.begins(
-                (way.image_id, title, type(error)), logging.WARNING, "image %s is not read from %s: %s",
-                way.image_id, title, way.error,
+        if not endpoint.rest.is_good and not endpoint.is_watched:
+            endpoint.is_watched = True
+            self._nursery.start_soon(self._watch, way)
+        if was_good and not endpoint.rest.is_good:
+            log.warning(
+                "%s fails: %s; images are read from their next source until it answers again",
+                endpoint.title, way.error,
             )  # fmt: skip
+            return
+        self._tell_back(way, was_good=was_good)
+        if isinstance(error, errors.SourceUnavailableError):
+            log.debug("image %s: %s: %s", way.image_id, endpoint.title, way.error)
         else:
-            log.debug("image %s: %s: %s", way.image_id, title, way.error)
+            self._told.begins(
+                (way.image_id, endpoint.title, type(error)), logging.WARNING, "image %s is not read from %s: %s",
+                way.image_id, endpoint.title, way.error,
+            )  # fmt: skip
 
     def _answered(self, way: Way) -> None:
-        if not way.endpoint.rest.is_good:
-            log.info("%s answers again; images are read from there", way.endpoint.title)
+        was_good = way.endpoint.rest.is_good
         way.answered()
+        self._tell_back(way, was_good=was_good)
+
+    def _tell_back(self, way: Way, *, was_good: bool) -> None:
+        if not was_good and way.endpoint.rest.is_good:
+            log.info("%s answers again; images are read from there", way.endpoint.title)
 
 
 def _take_no_more(_offset: int, _piece: memoryview) -> bool:

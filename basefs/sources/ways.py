@@ -37,13 +37,18 @@ class StoreEndpoint:
         self.rest = SourceRest(base_s=base_s, cap_s=cap_s)
         self.error: str | None = None
         """Why it rests."""
-        self.is_tried = False
-        """Somebody finds out if it is good again."""
+        self.is_watched = False
+        """A task finds out when it is good again."""
 
     @property
     def title(self) -> str:
         """For people."""
         return f"{self.name} at {self.host}" if self.host else self.name
+
+    def answered(self) -> None:
+        """It said something."""
+        self.rest.answered()
+        self.error = None
 
 
 class OpenedObject:
@@ -78,6 +83,8 @@ class Way:
         self.rest = SourceRest(base_s=base_s, cap_s=cap_s)
         self.error: str | None = None
         """Why it rests."""
+        self.is_tried = False
+        """A task finds out if it is good again."""
         self.delivered_bytes = 0
         self._store = store
         self._starts = starts
@@ -97,9 +104,8 @@ class Way:
         return self.rest.is_good and self.endpoint.rest.is_good
 
     def is_due(self, now: float) -> bool:
-        """Whether it is to be found out if it is good again."""
-        rests = [one for one in (self.rest, self.endpoint.rest) if not one.is_good]
-        return bool(rests) and all(one.may_try(now) for one in rests)
+        """Whether it is to be found out if the image is good again here; of its endpoint that is found out anyway."""
+        return self.endpoint.rest.is_good and self.rest.may_try(now)
 
     @property
     def good_at(self) -> float:
@@ -107,11 +113,12 @@ class Way:
         return max((one.until for one in (self.rest, self.endpoint.rest) if not one.is_good), default=float("-inf"))
 
     def failed(self, error: errors.SourceError, *, jitter: float) -> None:
-        """A request failed: the way rests, and the endpoint, if it looks as if that were away."""
+        """A request failed: the way rests, and the endpoint, if it looks as if that were away; else it answers."""
         now = trio.current_time()
         self.error = safe_text(str(error))
         if not isinstance(error, errors.SourceUnavailableError):
             self.rest.failed(now, jitter=jitter, rest_s_min=WRONG_REST_S)
+            self.endpoint.answered()
             self.drop()
             return
         asked_s = min(error.retry_after_s or 0.0, ASKED_REST_MAX_S)
@@ -119,12 +126,14 @@ class Way:
         if error.may_be_away:
             self.endpoint.error = self.error
             self.endpoint.rest.failed(now, jitter=jitter, rest_s_min=asked_s)
+        else:
+            self.endpoint.answered()
 
     def answered(self) -> None:
         """A request went well."""
         self.rest.answered()
-        self.endpoint.rest.answered()
-        self.error = self.endpoint.error = None
+        self.error = None
+        self.endpoint.answered()
 
     # --- the object -------------------------------------------------------------------------------------
 

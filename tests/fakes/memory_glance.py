@@ -35,6 +35,8 @@ class MemoryGlance:
     def __init__(self) -> None:
         self.images: dict[str, dict[str, Any]] = {}
         self.data: dict[str, bytes] = {}
+        self.locations: dict[str, list[str]] = {}
+        """What services are told of images' locations."""
         self._lock = threading.Lock()
         # Every change one second later than the one before: the order of times is the order of events.
         self._clock = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=10)
@@ -100,6 +102,8 @@ class MemoryGlance:
             image = self.images.get(image_id)
         if image is None:
             return _error(404, f"No image found with ID {image_id}")
+        if parts[3:] == ["locations"]:
+            return _json([{"url": url, "metadata": {}} for url in self.locations.get(image_id, [])])
         return _json(image) if len(parts) == 3 else self._file(image, request)
 
     def _tick(self) -> str:

@@ -48,6 +48,7 @@ FIRES: dict[str, dict[str, str]] = {
     "BasefsCacheDegraded": {f"basefs_cache_degraded{{{NODE}}}": "1x240"},
     "BasefsCacheFull": {f"basefs_cache_full{{{NODE}}}": "1x240"},
     "BasefsVolumesFail": {f'basefs_links{{{NODE},state="broken"}}': "1x240"},
+    "BasefsStoreFails": {f'basefs_store_resting{{{NODE},source="rbd",endpoint="cluster"}}': "1x240"},
     "BasefsSlowLoop": LOOP_SLOW,
     "BasefsFewFilesLeft": {f"process_open_fds{{{NODE}}}": "900x240", f"process_max_fds{{{NODE}}}": "1000x240"},
 }
@@ -75,6 +76,7 @@ QUIET = {
     f"basefs_cache_full{{{NODE}}}": "0x60 1x8 0x240",
     f'basefs_links{{{NODE},state="linked"}}': "50x300",
     f'basefs_links{{{NODE},state="broken"}}': "0x60 2x8 0x240",  # the storage was restarted
+    f'basefs_store_resting{{{NODE},source="rbd",endpoint="cluster"}}': "0x60 1x8 0x240",  # an OSD was restarted
     f"process_open_fds{{{NODE}}}": "100x300",
     f"process_max_fds{{{NODE}}}": "1000x300",
 }

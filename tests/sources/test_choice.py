@@ -215,20 +215,37 @@ async def test_a_store_that_fails_is_tried_by_a_task_of_its_own_and_read_from_ag
     assert world.rbd.opens == opens, "it rests"
     assert choice.good_at(IMAGE) == trio.current_time() + 1.0
     for pause in (1.0, 2.0, 4.0):
+        await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(pause)
-        await fetch(choice, 0, 10)
         opens += 1
         await until(lambda n=opens: world.rbd.opens == n)
         await trio.testing.wait_all_tasks_blocked()
         assert states(choice) == {"rbd": "resting"}
+        assert choice.stores_report()[0]["state"] == "resting"
+    glance_requests = world.glance.requests
     world.rbd.fault = None
     mock_clock.jump(8.0)
-    await fetch(choice, 0, 10)
     await until(lambda: states(choice) == {"rbd": "ready"})
-    glance_requests = world.glance.requests
     await fetch(choice)
     assert world.glance.requests == glance_requests
     assert "rbd at cluster answers again" in caplog.text
+    assert choice.stores_report()[0] == {"source": "rbd", "endpoint": "cluster", "state": "answers", "error": None}
+
+
+async def test_an_image_that_rests_at_a_store_that_answers_is_tried_when_it_is_wanted(
+    world, choice, mock_clock, expected_warnings
+):
+    expected_warnings("is not read from rbd at cluster: no key")
+    world.put(world.rbd)
+    world.rbd.fault = lambda: errors.SourceForbiddenError("no key")
+    await fetch(choice, 0, 10)
+    world.rbd.fault = None
+    mock_clock.jump(ways.WRONG_REST_S)
+    await trio.testing.wait_all_tasks_blocked()
+    assert states(choice) == {"rbd": "resting"}
+    await fetch(choice, 0, 10)
+    await until(lambda: states(choice) == {"rbd": "ready"})
+    assert world.glance.requests == 2
 
 
 async def test_an_endpoint_that_fails_one_image_rests_for_all(world, choice, expected_warnings):

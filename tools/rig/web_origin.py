@@ -1,4 +1,4 @@
-"""web_origin.py FD DIRECTORY LIFELINE_FD: a plain web server, the origin that Glance's http store reads from."""
+"""web_origin.py FD DIRECTORY LIFELINE_FD: a web server with ranges, the origin that Glance's http store reads from."""
 
 import functools
 import http.server
@@ -6,18 +6,15 @@ import os
 import socket
 import sys
 import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.bench.peers.range_server import Handler
 
 
 def end_with(lifeline_fd: int) -> None:
     os.read(lifeline_fd, 1)
     os._exit(0)
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files; says nothing about it."""
-
-    def log_request(self, code: object = "-", size: object = "-") -> None:  # noqa: ARG002 (the base class's signature)
-        return
 
 
 class Server(http.server.ThreadingHTTPServer):
