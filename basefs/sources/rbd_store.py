@@ -18,7 +18,7 @@ import trio
 from basefs import errors
 from basefs.concurrency.threads import BlockingCalls
 from basefs.config.store_options import RbdSettings
-from basefs.core.store_location import RbdLocation, rbd_location
+from basefs.core.store_location import rbd_location
 from basefs.sources.base import Deliver
 from basefs.sources.ceph_cluster import (
     MISSING_LIBRARY,
@@ -38,7 +38,6 @@ SNAPSHOT = "snap"
 WINDOW_BYTES = 4 * 1024 * 1024
 """Read ahead of what is delivered, in one call of `fetch_range`."""
 CLOSE_LIMIT_S = 3.0
-PROBED_IMAGE = "00000000-0000-0000-0000-000000000000"
 _CONNECT_SLACK_S = 2.0
 _ANSWER_BYTES_MAX = 4096
 _OTHER_CLUSTER = "the location is in another Ceph cluster than [rbd] ceph_conf"
@@ -170,6 +169,7 @@ class RbdStore:
         """For the objects."""
         self._settings = settings
         self._library = library or load_library()
+        self.missing = None if self._library else MISSING_LIBRARY
         self._calls = CephCalls(self._library) if self._library else None
         self._connecting = trio.Lock()
         self._clusters: list[Cluster] = []
@@ -181,8 +181,8 @@ class RbdStore:
 
     def refusal(self, image_id: str, location: str) -> str | None:
         """See `Store`."""
-        if self._library is None:
-            return MISSING_LIBRARY
+        if self.missing is not None:
+            return self.missing
         try:
             found = rbd_location(location)
         except ValueError as exc:
@@ -232,33 +232,6 @@ class RbdStore:
                 self._clusters.append(made)
             assert self._cluster is not None
             return self._cluster
-
-    async def check(self) -> tuple[str, ...]:
-        """What speaks against reading images here, for people; connects, and looks for an image in each pool."""
-        try:
-            cluster = await self._connected()
-        except errors.SourceError as exc:
-            return (str(exc),)
-        problems = []
-        assert self._library is not None
-        assert self._calls is not None
-        for pool in self._settings.pools:
-            nobody = RbdLocation(fsid=cluster.fsid, pool=pool, image=PROBED_IMAGE, snapshot=SNAPSHOT)
-            what = f"[rbd] pool {pool}"
-            try:
-                await self._calls.make(self._open_limit_s, what, lambda _none: None, cluster.pool, pool)
-            except errors.SourceError as exc:
-                problems.append(str(exc))
-                continue
-            try:
-                await self._calls.make(
-                    self._open_limit_s, what, _close_snapshot, open_snapshot, self._library, cluster, nobody
-                )
-            except errors.StoreGoneError:
-                pass  # that nobody has such an image is the answer that was hoped for
-            except errors.SourceError as exc:
-                problems.append(str(exc))
-        return tuple(problems)
 
     async def close(self) -> None:
         """See `Store`. Bounded; never cancelled."""

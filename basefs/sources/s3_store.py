@@ -12,7 +12,6 @@ from urllib.parse import quote, urlsplit
 
 from requests import Response
 
-from basefs import errors
 from basefs.config.store_options import S3Settings
 from basefs.core.store_location import host_of, is_listed, object_location
 from basefs.sources.http_errors import translated
@@ -22,7 +21,6 @@ from basefs.sources.store import StoreName
 
 SCHEMES = ("s3", "s3+http", "s3+https")
 MISSING_LIBRARY = "botocore is not installed: pip install basefs[s3]"
-PROBED_KEY = "00000000-0000-0000-0000-000000000000"
 _SAID = re.compile(rb"<(Code|Message)>([^<]{0,300})</\1>")
 
 
@@ -38,11 +36,12 @@ class S3Store(HttpObjects):
         self._hosts = {host_of(settings.endpoint), *settings.location_hosts}
         self._session = http_session(None, None, connections_max=threads_max)
         self._signer = _signer(settings)
+        self.missing = MISSING_LIBRARY if self._signer is None else None
 
     def refusal(self, image_id: str, location: str) -> str | None:
         """See `Store`."""
-        if self._signer is None:
-            return MISSING_LIBRARY
+        if self.missing is not None:
+            return self.missing
         try:
             found = object_location(location, SCHEMES)
         except ValueError as exc:
@@ -60,27 +59,6 @@ class S3Store(HttpObjects):
         found = object_location(location, SCHEMES)
         url = self._url(found.bucket, found.key)
         return await open_object(self, f"image {image_id} in S3", partial(self._send, url), size)
-
-    async def check(self) -> tuple[str, ...]:
-        """What speaks against reading images here, for people; asks the service for an object in each listed bucket."""
-        if self._signer is None:
-            return (MISSING_LIBRARY,)
-        problems = []
-        for bucket in self._settings.buckets:
-            what = f"[s3] bucket {bucket}"
-            try:
-                if not bucket.endswith("*"):
-                    send = partial(self._send, self._url(bucket, PROBED_KEY))
-                    await open_object(self, what, send, 0)
-            except (errors.StoreGoneError, errors.SourceCorruptError):
-                pass  # that nobody has such an object is the answer that was hoped for
-            except errors.SourceForbiddenError as exc:
-                problems.append(
-                    f"{exc}: it needs s3:GetObject, and s3:ListBucket to tell what is gone from what is refused"
-                )
-            except errors.SourceError as exc:
-                problems.append(str(exc))
-        return tuple(problems)
 
     async def close(self) -> None:
         """See `Store`."""

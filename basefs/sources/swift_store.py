@@ -30,7 +30,6 @@ from basefs.sources.store import StoreName
 from basefs.sources.tokens import TokenLife
 
 SCHEMES = ("swift", "swift+http", "swift+https", "swift+config")
-PROBED_OBJECT = "00000000-0000-0000-0000-000000000000"
 _ACCOUNT_PREFIX = "AUTH_"
 
 
@@ -82,6 +81,7 @@ class SwiftStore(HttpObjects):
     """`Store` over one account of Swift."""
 
     name: StoreName = "swift"
+    missing: str | None = None
 
     def __init__(self, settings: SwiftSettings, access: SwiftAccess, *, threads_max: int) -> None:
         self._settings = settings
@@ -110,22 +110,6 @@ class SwiftStore(HttpObjects):
         """See `Store`."""
         found = object_location(location, SCHEMES)
         return await open_object(self, f"image {image_id} in Swift", partial(self._send, found), size)
-
-    async def check(self) -> tuple[str, ...]:
-        """What speaks against reading images here, for people; asks for an object in each listed container."""
-        problems = []
-        names = [name for name in self._settings.containers if not name.endswith("*")]
-        for name in names or ["basefs-check"]:
-            place = ObjectLocation(scheme="swift+config", service="", bucket=name, key=PROBED_OBJECT)
-            try:
-                await open_object(self, f"[swift] container {name}", partial(self._send, place), 0)
-            except (errors.StoreGoneError, errors.SourceCorruptError):
-                pass  # that nobody has such an object is the answer that was hoped for
-            except errors.SourceForbiddenError as exc:
-                problems.append(f"{exc}: it needs the container's read ACL")
-            except errors.SourceError as exc:
-                problems.append(str(exc))
-        return tuple(problems)
 
     async def close(self) -> None:
         """See `Store`."""
