@@ -121,7 +121,7 @@ class SwiftStore(HttpObjects):
             account = place.service.rpartition("/")[2]
             ours = self._access.storage_url().rpartition("/")[2]
             # Glance's multi-tenant mode: each project's images are in its own account.
-            if account.startswith(_ACCOUNT_PREFIX.lower()) and account != ours.lower():
+            if account.startswith(_ACCOUNT_PREFIX) and account != ours:
                 raise errors.SourceForbiddenError("the location is in another account of Swift than ours")
             path = f"{quote(place.bucket, safe='')}/{quote(place.key, safe='')}"
             return self._access.request(method, path, headers)
