@@ -39,8 +39,12 @@ auth allow insecure global id reclaim = false
 mon data = {d}/mon
 osd data = {d}/osd
 mgr data = {d}/mgr
-osd objectstore = memstore
+osd objectstore = {objectstore}
 memstore device bytes = 4294967296
+bluestore block size = 4294967296
+bluestore fsck on mount = false
+bluestore cache autotune = false
+bluestore cache size = 134217728
 osd memory target = 939524096
 osd op num shards = 2
 mon osd full ratio = 0.99
@@ -53,13 +57,23 @@ ms bind ipv6 = false
 class Ceph:
     """The cluster in `directory`; pools `volumes` and `images`, users client.admin and client.basefs, who may read.
 
-    With `has_radosgw` a radosgw on it, on `radosgw_port` of loopback, once it is started.
+    With `has_radosgw` a radosgw on it, on `radosgw_port` of loopback, once it is started. With `is_durable` its objects
+    are in a file, and outlive `kill`.
     """
 
-    def __init__(self, directory: str, venv: str, lifeline_fd: int | None, *, has_radosgw: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str,
+        venv: str,
+        lifeline_fd: int | None,
+        *,
+        has_radosgw: bool = False,
+        is_durable: bool = False,
+    ) -> None:
         self.directory = directory
         self.radosgw_port = 0
         self._has_radosgw = has_radosgw
+        self._objectstore = "bluestore" if is_durable else "memstore"
         # Where os-brick looks for the key: in /etc/ceph by cluster and user, whatever the configuration says.
         self.cluster = f"rig-{uuid.uuid4().hex[:8]}"
         self.conf_path = os.path.join(directory, "ceph.conf")
@@ -80,7 +94,9 @@ class Ceph:
             sockets = [opened.enter_context(listening_socket("127.0.0.1")) for _ in range(3)]
             port, port_v1, self.radosgw_port = (sock.getsockname()[1] for sock in sockets)
         with open(self.conf_path, "w", encoding="utf-8") as conf:
-            conf.write(_CONF.format(d=self.directory, fsid=fsid, port=port, port_v1=port_v1))
+            conf.write(
+                _CONF.format(d=self.directory, fsid=fsid, port=port, port_v1=port_v1, objectstore=self._objectstore)
+            )
             if self._has_radosgw:
                 conf.write(radosgw.conf(self.directory, self.radosgw_port, keystone_url))
         self._make_keys()

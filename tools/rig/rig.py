@@ -52,7 +52,8 @@ class Rig(RigImages):
     `ceph`, on the same cluster. All want root; Ceph wants `tools/setup ceph`.
 
     With `object_stores=True` there is a Ceph, without Cinder, and a radosgw on it, and Glance has the stores `ceph` and
-    `s3`; behind a Keystone also `swift`. `upload(..., store=...)` takes them.
+    `s3`; behind a Keystone also `swift`. `upload(..., store=...)` takes them. Their bytes are in memory, and
+    gone when the OSD is killed, unless it is "durable".
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Rig(RigImages):
         cinder: bool = False,
         nfs: bool = False,
         ceph: bool = False,
-        object_stores: bool = False,
+        object_stores: bool | Literal["durable"] = False,
         token_expiration_s: int = 3600,
         host: str = "127.0.0.1",
         threads: int = 16,
@@ -84,8 +85,14 @@ class Rig(RigImages):
         self._ceph: Ceph | None = None
         if ceph or object_stores:
             directory = self.directory + "/ceph"
-            self._ceph = Ceph(directory, self._venv, self._lifeline_fd, has_radosgw=object_stores)
-        self._has_object_stores = object_stores
+            self._ceph = Ceph(
+                directory,
+                self._venv,
+                self._lifeline_fd,
+                has_radosgw=bool(object_stores),
+                is_durable=object_stores == "durable",
+            )
+        self._has_object_stores = bool(object_stores)
         self._cinder: Cinder | None = None
         if cinder or nfs or ceph:
             self._cinder = Cinder(self.directory, self._venv, nfs=nfs, ceph=self._ceph if ceph else None)
