@@ -58,7 +58,7 @@ class Sourcing:
         self.tier = None if tier is None else CacheTierSource(tier, self.glance, nursery, outage=outage)
         self.source = SourceChoice(
             self.tier or self.glance,
-            open_stores(settings, threads_max=settings.fetch_threads_max),
+            open_stores(settings, conf, threads_max=settings.fetch_threads_max),
             GlanceLocations(access).locations,
             order=sorted(set(SOURCE_NAMES) & set(settings.source_order), key=settings.source_order.index),
             nursery=nursery,
