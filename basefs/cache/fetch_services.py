@@ -7,6 +7,7 @@ import trio
 
 from basefs.cache.disk_health import DiskHealth
 from basefs.cache.evictor import Evictor
+from basefs.cache.link_meter import LinkMeter
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheSpace
 from basefs.cache.trace_store import TraceStore
@@ -16,6 +17,7 @@ from basefs.catalog.records import ImageEntry
 from basefs.concurrency.outage import Outage
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls
+from basefs.core.hedging import Hedges
 from basefs.sources.base import ImageSource
 
 
@@ -58,5 +60,7 @@ class FetchServices:
     outage: Outage = field(default_factory=Outage)
     readers: WaitingReaders = field(default_factory=WaitingReaders)
     pace: Pace = field(default_factory=Pace)
+    link: LinkMeter = field(default_factory=LinkMeter)
+    hedges: Hedges = field(default_factory=Hedges)
     hashes: BlockingCalls = field(default_factory=lambda: BlockingCalls("hashes", threads_max=1))
     """One at a time: hashing takes all of a core, which the guests may want."""

@@ -22,6 +22,7 @@ import trio
 from basefs import errors
 from basefs.cache.warmer import Warmer
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 from basefs.concurrency.outage import Outage
 from basefs.core.retry import backoff_s
 from basefs.observability import ConditionLog
@@ -222,17 +223,19 @@ class Hydrator:
     async def _complete(self, entry: ImageEntry, scope: trio.CancelScope) -> None:
         """Ends when it is done or put off; cancelled when the image is not due any more."""
         try:
-            with scope:
+            with (
+                guarded(log, "image %s: bug in a transfer", entry.image_id, foreseen=(errors.BasefsError,)) as guard,
+                scope,
+            ):
                 if await self._graduation.is_lower(entry):
                     self._not_before[entry.number] = trio.current_time() + LOWER_AGAIN_S
                     return
                 await self._bring(entry)
                 await self._finish(entry)
+            if guard.bug is not None:
+                self._not_before[entry.number] = trio.current_time() + RETRY_CAP_S
         except errors.BasefsError as exc:
             self._put_off(entry, exc)
-        except Exception:
-            log.exception("image %s: bug in a transfer", entry.image_id)
-            self._not_before[entry.number] = trio.current_time() + RETRY_CAP_S
         finally:
             del self._active[entry.number]
             self.wake()

@@ -17,6 +17,7 @@ from basefs.config.checks import check_together
 from basefs.config.files import DEFAULT_CONFIG_FILE, Entry, find_config_files, read_entries
 from basefs.config.options import BASEFS_OPTS, GLANCE_SECTION, glance_common_opts
 from basefs.config.settings import Settings
+from basefs.config.trace_options import TRACE_OPTS, TRACE_SECTION
 from basefs.config.volume_options import (
     CINDER_SECTION,
     LINKING_SECTION,
@@ -28,7 +29,7 @@ from basefs.config.volume_options import (
 from basefs.errors import ConfigError
 
 _PATH_OPTIONS = ("mountpoint", "cache_dir", "control_socket", "instances_path")
-_OUR_SECTIONS = ("basefs", LINKING_SECTION)
+_OUR_SECTIONS = ("basefs", LINKING_SECTION, TRACE_SECTION)
 _ENDPOINT_NEEDED = ("none", "admin_token", "http_basic")
 """Plugins without a service catalog: where Glance is must be said."""
 
@@ -83,6 +84,7 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
     log.register_options(conf)
     conf.register_opts(BASEFS_OPTS, group="basefs")
     conf.register_opts(VOLUME_LINKING_OPTS, group=LINKING_SECTION)
+    conf.register_opts(TRACE_OPTS, group=TRACE_SECTION)
     try:
         conf(args=[], project="basefs", prog="basefs", default_config_files=paths, default_config_dirs=[])
     except (cfg.Error, ValueError) as exc:
@@ -259,4 +261,8 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
         except OSError as exc:
             raise ConfigError(f"[basefs] {name} = {text}: {exc.strerror}") from None
     values["instances_path"] = values["instances_path"] or Path(values["mountpoint"]).parent
-    return Settings(**values, volume_linking=volume_linking_settings(conf, values["cache_dir"]))
+    return Settings(
+        **values,
+        trace_share=conf[TRACE_SECTION].share,
+        volume_linking=volume_linking_settings(conf, values["cache_dir"]),
+    )

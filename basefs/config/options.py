@@ -273,7 +273,7 @@ def list_opts() -> list[tuple[str, list[Any]]]:
     """What `oslo-config-generator --namespace basefs` writes. [DEFAULT] comes from the namespace `oslo.log`."""
     from keystoneauth1 import loading
 
-    from basefs.config import volume_options
+    from basefs.config import trace_options, volume_options
 
     glance = {opt.dest: opt for opt in glance_common_opts()}
     for auth_type in SAMPLE_AUTH_TYPES:
@@ -281,6 +281,7 @@ def list_opts() -> list[tuple[str, list[Any]]]:
             glance.setdefault(opt.dest, opt)
     return [
         ("basefs", BASEFS_OPTS),
+        (trace_options.TRACE_SECTION, trace_options.TRACE_OPTS),
         (GLANCE_SECTION, list(glance.values())),
         (volume_options.LINKING_SECTION, volume_options.VOLUME_LINKING_OPTS),
         (volume_options.CINDER_SECTION, volume_options.cinder_common_opts()),

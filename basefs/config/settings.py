@@ -8,11 +8,12 @@ from basefs.config.volume_options import VolumeLinkingSettings
 
 Handler = Literal["auto", "downloading", "volume-linking"]
 View = Literal["raw", "stored"]
+TraceShare = Literal["none", "glance"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """`[basefs]` and `[volume_linking]` of the configuration files, checked together.
+    """`[basefs]`, `[trace]` and `[volume_linking]` of the configuration files, checked together.
 
     Paths are absolute, without links or `..`.
     Names and bounds are those of `options.py`; `*_s` are seconds, `*_bytes` bytes.
@@ -48,4 +49,5 @@ class Settings:
     metrics_listen: str
     watchdog_s: float
     upgrade_deadline_s: float
+    trace_share: TraceShare
     volume_linking: VolumeLinkingSettings

@@ -4,6 +4,7 @@ Nothing here knows Prometheus, and nothing below the service knows metrics. `tak
 `metrics_text` makes the answer of it in a thread.
 """
 
+import dataclasses
 import logging
 import time
 from collections import Counter
@@ -145,6 +146,7 @@ class Metrics:
         yield "basefs_cache_damaged_chunks_total", (), parts.counters.damaged_chunks
         yield "basefs_replayed_bytes_total", (), parts.counters.replayed_bytes
         yield "basefs_hydrated_bytes_total", (), parts.counters.hydrated_bytes
+        yield from self._planner()
         yield "basefs_verified_images_total", (), parts.counters.verified_images
         yield "basefs_hash_mismatches_total", (), parts.counters.mismatches
 
@@ -155,6 +157,18 @@ class Metrics:
             yield "basefs_scrub_damaged_chunks_total", (), scrub.damaged_chunks
             if scrub.last_round_at is not None:
                 yield "basefs_scrub_round_timestamp_seconds", (), scrub.last_round_at
+
+    def _planner(self) -> Iterator[Sample]:
+        services = self._parts.cache.services
+        estimate, hedges = services.link.estimate, services.hedges
+        yield "basefs_hedged_requests_total", (), hedges.hedged
+        yield "basefs_hedges_won_total", (), hedges.won
+        if estimate.first_byte_s is not None:
+            yield "basefs_source_first_byte_seconds", (), estimate.first_byte_s
+        if estimate.bytes_s is not None:
+            yield "basefs_source_bytes_per_second", (), estimate.bytes_s
+        for name, value in dataclasses.asdict(estimate.parameters).items():
+            yield "basefs_fetch_parameters", (name,), value
 
     def _space(self) -> Iterator[Sample]:
         cache = self._parts.cache

@@ -60,6 +60,13 @@ _CACHE = (
     Metric("basefs_cache_damaged_chunks_total", "counter", "Chunks that did not fit their checksum; fetched again."),
     Metric("basefs_hydrated_bytes_total", "counter", "Bytes that were fetched to complete images in use."),
     Metric("basefs_replayed_bytes_total", "counter", "Bytes that were fetched ahead because a boot trace has them."),
+    Metric("basefs_hedged_requests_total", "counter", "Second requests for late bytes that a read waited for."),
+    Metric("basefs_hedges_won_total", "counter", "Those that were quicker than the first."),
+    Metric(
+        "basefs_source_first_byte_seconds", "gauge", "How long a request takes to begin, when nothing else is asked."
+    ),
+    Metric("basefs_source_bytes_per_second", "gauge", "How fast bytes of images come, all requests together."),
+    Metric("basefs_fetch_parameters", "gauge", "How requests are made because of these two.", ("parameter",)),
     Metric("basefs_verified_images_total", "counter", "Images found to have the hash that Glance tells."),
     Metric("basefs_hash_mismatches_total", "counter", "Images found to have another; fetched again once."),
 )

@@ -99,8 +99,9 @@ class Service:
 
     async def _serve(self, nursery: trio.Nursery, database: StateDatabase, lower: LowerTree) -> None:
         settings = self._settings
+        metadata = GlanceMetadata(self._access, with_boot_traces=settings.trace_share == "glance")
         catalog = Catalog(
-            GlanceMetadata(self._access),
+            metadata,
             database,
             nursery,
             refresh_s=settings.catalog_refresh_s,
@@ -131,6 +132,7 @@ class Service:
             forget_pages=forget_pages,
             is_first=is_first,
             graduated=graduated,
+            publish_trace=metadata.set_boot_trace,
         )
         handler = cache.handler
         linking = build_linking(self._loaded, settings, catalog, cache, self._access, self._channel, database, nursery)

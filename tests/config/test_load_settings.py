@@ -27,7 +27,7 @@ def test_instances_path_is_the_parent_of_the_mount_point(config_file):
 
 
 def test_settings_and_options_have_the_same_names():
-    assert {opt.dest for opt in BASEFS_OPTS} | {"volume_linking"} == set(Settings.__slots__)
+    assert {opt.dest for opt in BASEFS_OPTS} | {"trace_share", "volume_linking"} == set(Settings.__slots__)
     assert {opt.dest for opt in VOLUME_LINKING_OPTS} == set(VolumeLinkingSettings.__slots__)
 
 

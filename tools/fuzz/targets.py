@@ -3,6 +3,7 @@
 They import what they test when they are made, which is under atheris' instrumentation.
 """
 
+import base64
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import socket
 import sqlite3
 import tempfile
+import zlib
 from collections.abc import Callable
 from contextlib import closing, suppress
 from email.message import Message
@@ -112,16 +114,27 @@ def state_database(_directory: Path) -> Target:
 
 
 def boot_traces(_directory: Path) -> Target:
-    """Boot traces, of this node or to be imported: refused, or within their bounds, and the same when written."""
+    """Boot traces, of this node, imported or in a property: refused, or within bounds and the same when written."""
     from basefs.core.boot_trace import BootTrace, TracedImage, TraceRange
     from basefs.core.trace_file import parse_trace, trace_bytes
     from basefs.core.trace_plan import requests_for
+    from basefs.core.trace_property import property_of, trace_of_property
 
     image = TracedImage(image_id="11111111", size=1 << 30, os_hash_algo="sha512", os_hash_value="0f" * 64)
     ranges = (TraceRange(16383, 1, 0), TraceRange(0, 9, 3), TraceRange(500, 20, 70, 2), TraceRange(100, 1, 9000, 1))
-    good = trace_bytes(BootTrace(image=image, boots=3, by_guest=True, ranges=ranges))
+    trace = BootTrace(image=image, boots=3, by_guest=True, ranges=ranges)
+    good = trace_bytes(trace)
+    packed = zlib.decompress(base64.urlsafe_b64decode(property_of(trace).partition(":")[2]))
+
+    def property_target(data: bytes) -> None:
+        inner = packed[:16] + spliced(packed[16:], data)  # as long as the digest is right somebody looks at the rest
+        with suppress(ValueError):
+            found = trace_of_property(f"1:{base64.urlsafe_b64encode(zlib.compress(inner)).decode()}", image)
+            assert trace_of_property(property_of(found), image) == found
+            assert 0 <= found.traced_bytes <= image.size
 
     def target(data: bytes) -> None:
+        property_target(data)
         trace, said = None, ""
         try:
             trace = parse_trace(spliced(good, data))
@@ -133,7 +146,7 @@ def boot_traces(_directory: Path) -> Target:
         assert parse_trace(trace_bytes(trace)) == trace
         size, chunk_bytes = trace.image.size, 64 * 1024
         assert 0 <= trace.traced_bytes <= size
-        for request in requests_for(trace.units(), size=size, chunk_bytes=chunk_bytes):
+        for request in requests_for(trace.units(), size=size, chunk_bytes=chunk_bytes, gap_bytes=128 * 1024):
             assert 0 <= request.start < request.stop <= -(-size // chunk_bytes)
 
     return target
