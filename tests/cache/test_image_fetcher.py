@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import trio.testing
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile
 from basefs.cache.fetch_services import FetchCounters
+from basefs.cache.hit_buffer import HIT_BYTES_MAX, in_whole_pages
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.core.chunk_map import ChunkMapHeader
 from tests.cache.conftest import CHUNK, Fetchers, make_entry
@@ -336,3 +338,30 @@ async def test_damage_in_any_chunk_of_a_read_harms_no_other(
         assert counters.damaged_chunks == 2
         assert source.received_bytes - before < 8 * CHUNK
         assert fetcher.is_complete
+
+
+async def test_answers_out_of_the_buffer_of_the_hits_are_each_readers_own(
+    fetchers: Fetchers, source: MemorySource, image: bytes
+) -> None:
+    """Of chunks that are here, and of some that come: until the next await nobody else writes there."""
+    rng = random.Random(11)
+    async with fetchers(source) as fetcher:
+        await fetcher.read(0, len(image) // 2, deadline_s=60, patient=False)
+        fetcher._ledger.watch()
+
+        async def reader(offset: int, length: int) -> None:
+            data = await fetcher.read(offset, length, deadline_s=60, patient=False)
+            assert data == image[offset : offset + length]
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(60):
+                offset = rng.randrange(len(image))
+                nursery.start_soon(reader, offset, rng.randint(1, min(1 << 20, len(image) - offset)))
+
+
+@pytest.mark.parametrize("length", [0, 1, 4096, 4097, 300_000, HIT_BYTES_MAX, HIT_BYTES_MAX + 1])
+def test_large_answers_are_put_into_whole_pages(length: int) -> None:
+    data = random.Random(length).randbytes(length)
+    answer = in_whole_pages(data)
+    assert answer == data
+    assert isinstance(answer, memoryview) == (4096 < length <= HIT_BYTES_MAX)
