@@ -21,7 +21,7 @@ import struct
 import sys
 from typing import NoReturn
 
-from basefs.reader_images import Image, Images
+from basefs.reader_images import Image, Images, LowerFile
 from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
 
 _HEAD = struct.Struct("<IIQ")
@@ -96,7 +96,8 @@ class Reader:
 
     def _burst(self) -> bool:
         """Deal with the requests that are there, BURST at most; True when no more are there or can be taken."""
-        free, slots, clone, images = self._free, self._slots, self._clone, self._images.by_inode
+        free, slots, clone = self._free, self._slots, self._clone
+        images, files = self._images.by_inode, self._images.by_handle
         for _ in range(BURST):
             if not free:
                 return True
@@ -115,7 +116,7 @@ class Reader:
             length, opcode, unique = _HEAD.unpack_from(slot)
             if opcode == _READ:
                 handle, offset, size = _READ_IN.unpack_from(slot, _READ_AT)
-                image = images.get(handle >> 1)
+                image = images.get(handle >> 1) or files.get(handle)
                 if image is not None and self._hit(image, unique, offset, size):
                     self._uniques[at][0] = 0
                     continue
@@ -127,7 +128,7 @@ class Reader:
                 self._hand_on()
         return False
 
-    def _hit(self, image: Image, unique: int, offset: int, size: int) -> bool:
+    def _hit(self, image: Image | LowerFile, unique: int, offset: int, size: int) -> bool:
         """Answer a read from an image's local bytes; False: it is not ours to answer."""
         end = offset + size
         if end > image.size:
@@ -188,6 +189,7 @@ class Reader:
     def _new_server(self, fd: int) -> None:
         """From now on this one; the kernel has resent by now what it resends."""
         self._lose_server()
+        self._images.new_server()
         self._server = socket.socket(fileno=fd)
         self._epoll.register(fd, select.EPOLLIN)
         kept = [at for at in self._held if self._is_ours(self._uniques[at][0])]

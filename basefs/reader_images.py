@@ -7,6 +7,8 @@ import socket
 from collections.abc import Callable
 
 from basefs.reader_layout import (
+    CLOSE,
+    FILE,
     GENERATION,
     HIT_BYTES_MAX,
     IMAGE,
@@ -42,11 +44,11 @@ class Image:
         self._shift = shift
         self._fd = fds[0]
         memories = [memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ)) for fd in fds[1:]]
-        self._ready = memories[0]
+        self._ready = memories[0] if memories else memoryview(b"")
         self._bits = cluster_bits
-        self._clusters = memories[-1].cast("Q") if cluster_bits else memories[0]
+        self._clusters = memories[-1].cast("Q") if cluster_bits else self._ready
         self.read_into: Callable[[memoryview, int, int], bool] = (
-            self._read_clusters_into if cluster_bits else self._read_stored_into
+            self._read_clusters_into if cluster_bits else self._read_stored_into if memories else self._read_file_into
         )
         """Read `[offset, end)`, which is in the image, into a target of that length; whether those are its bytes."""
         for fd in fds[1:]:
@@ -85,6 +87,14 @@ class Image:
             offset += length
         return pieces
 
+    def _read_file_into(self, target: memoryview, offset: int, end: int) -> bool:
+        """As `read_into`, for an image that has become a file, every byte of which is there."""
+        try:
+            is_whole = _preadv(self._fd, [target], offset, _NOWAIT) == end - offset
+        except OSError:
+            return False
+        return is_whole and not self.is_revoked
+
     def _read_stored_into(self, target: memoryview, offset: int, end: int) -> bool:
         """As `read_into`, for what is shown as it is stored."""
         table, ready = self._table, self._ready
@@ -110,11 +120,32 @@ class Image:
         os.close(self._fd)
 
 
+class LowerFile:
+    """An open file of the lower directory. Whatever is not in memory as a whole is the server's, its end, too."""
+
+    size = 1 << 63
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def read_into(self, target: memoryview, offset: int, end: int) -> bool:
+        """Read `[offset, end)` into `target` of that length; whether all of it was there."""
+        try:
+            return _preadv(self._fd, [target], offset, _NOWAIT) == end - offset
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Give the fd back."""
+        os.close(self._fd)
+
+
 class Images:
-    """Those that the server told us of, by inode."""
+    """Those that the server told us of, by inode; and open lower files, by handle."""
 
     def __init__(self) -> None:
         self.by_inode: dict[int, Image] = {}
+        self.by_handle: dict[int, LowerFile] = {}
         self._table: memoryview | None = None
         self._table_id = (-1, -1)
 
@@ -132,7 +163,12 @@ class Images:
             kind, shift, inode, entry, serial, size, cluster_bits = MESSAGE.unpack(data)
             if kind == TABLE:
                 self._use_table(fds.pop())
-            elif kind == IMAGE and self._table is not None and len(fds) == (3 if cluster_bits else 2):
+            elif kind == FILE and fds:
+                self._close_file(inode)
+                self.by_handle[inode] = LowerFile(fds.pop())
+            elif kind == CLOSE:
+                self._close_file(inode)
+            elif kind == IMAGE and self._table is not None and fds:
                 self._forget(inode)
                 self.by_inode[inode] = Image(self._table, entry, serial, size, shift, fds, cluster_bits)
                 fds = []
@@ -141,6 +177,16 @@ class Images:
                     self._forget(revoked)
             for fd in fds:
                 os.close(fd)
+
+    def new_server(self) -> None:
+        """Lower files are told anew: this one does not know what the last one told, and so what to have closed."""
+        for handle in list(self.by_handle):
+            self._close_file(handle)
+
+    def _close_file(self, handle: int) -> None:
+        file = self.by_handle.pop(handle, None)
+        if file is not None:
+            file.close()
 
     def _use_table(self, fd: int) -> None:
         """The same one as before goes on; what another one says of older images is nothing."""

@@ -295,6 +295,14 @@ class LowerTree:
         """By handle: what reads at once; `read` is for what it does not give. See LowerFiles."""
         return self._files.hits
 
+    def shared_fd(self, handle: int) -> int | None:
+        """The fd of an open file for reader processes; None where there is none, or its file system cannot tell."""
+        return self._files.find(handle).fd if handle in self._files.hits else None
+
+    def when_released(self, call: Callable[[int], None]) -> None:
+        """See LowerFiles.released."""
+        self._files.released = call
+
     def read(self, handle: int, offset: int, size: int) -> Awaitable[bytes]:
         """See LowerFiles.read."""
         return self._files.read(handle, offset, size)

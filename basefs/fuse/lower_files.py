@@ -64,6 +64,8 @@ class LowerFiles:
         self._numbers = itertools.count(first_handle)
         self._files: dict[int, OpenFile] = {}
         self.hits: dict[int, Hit] = {}
+        self.released: Callable[[int], None] = _nothing
+        """Called with each handle that was released: whoever has its file open, too, closes it."""
 
     def __len__(self) -> int:
         """Open handles."""
@@ -163,6 +165,7 @@ class LowerFiles:
         file = self.find(handle)
         del self._files[handle]
         self.hits.pop(handle, None)
+        self.released(handle)
         file.released = True
         node_fd = self._closed(file.node)
         fds = [file.fd] if file.pins == 0 else []
@@ -177,6 +180,10 @@ class LowerFiles:
         self._files.clear()
         self.hits.clear()
         return fds
+
+
+def _nothing(_handle: int) -> None:
+    """Nobody wants to know."""
 
 
 def _hit_of(fd: int, give_up: Callable[[], object]) -> Hit:

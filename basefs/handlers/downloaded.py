@@ -218,6 +218,9 @@ class DownloadedImages:
             CacheError: the disk does not let it go.
         """
         inode = image_inode(entry.number)
+        if self._services.reader_table is not None:
+            # A reader that has an earlier server's file open would keep its place on the disk.
+            self._services.reader_table.revoke_inherited(entry.number)
         try:
             await self._services.disk.run(remove_files, self._chunks_dir, inode)
         except OSError as exc:

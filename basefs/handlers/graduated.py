@@ -19,7 +19,7 @@ import trio
 from basefs import errors
 from basefs.cache.chunk_file import data_path
 from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_target
-from basefs.cache.reader_table import ReaderTable, Share
+from basefs.cache.reader_table import Entry, ReaderTable, Share
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.concurrency.threads import BlockingCalls
@@ -40,8 +40,10 @@ HELD_PREFIX = "graduated/"
 class GraduatedImage:
     """`PreparedImage` over an fd, which is its own from here."""
 
-    def __init__(self, image_id: str, fd: int, size: int, blocking: BlockingCalls) -> None:
+    def __init__(self, number: int, image_id: str, fd: int, size: int, blocking: BlockingCalls) -> None:
         self.size = size
+        self._number = number
+        self._entry: Entry | None = None
         self._image_id = image_id
         self._fd = fd
         self._blocking = blocking
@@ -65,9 +67,21 @@ class GraduatedImage:
             pass
         return None
 
-    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002 (all of it is here)
         """See `PreparedImage.share`."""
-        return None
+        if self._entry is None and self._fd >= 0:
+            self._entry = table.list(self._number)
+        if self._entry is None:
+            return None
+        return Share(
+            number=self._number,
+            entry=self._entry.word,
+            serial=self._entry.serial,
+            size=self.size,
+            chunk_shift=0,
+            data_fd=self._fd,
+            ready_fd=-1,
+        )
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes:  # noqa: ARG002
         """See `PreparedImage.read`. The disk is waited for however long it takes, as by a reader of the plain file.
@@ -105,6 +119,9 @@ class GraduatedImage:
 
     async def close(self) -> None:
         """Give the fd back, after the readers inside. Cancellation: never, or it would stay open."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            entry.revoke()
         with trio.CancelScope(shield=True):
             while self._readers:
                 await self._no_readers.wait()
@@ -182,7 +199,9 @@ class GraduatedImages:
                 os.close(fd)
                 raise errors.LowerFileError(exc) from exc
             former = self._images.get(entry.number)
-            self._images[entry.number] = GraduatedImage(entry.image_id, fd, entry.shown_size, self._blocking)
+            self._images[entry.number] = GraduatedImage(
+                entry.number, entry.image_id, fd, entry.shown_size, self._blocking
+            )
             if former is not None:
                 await former.close()
 
@@ -218,7 +237,9 @@ class GraduatedImages:
                 os.close(one.fd)
                 await self._escrow.drop(one.key)
             else:
-                self._images[entry.number] = GraduatedImage(entry.image_id, one.fd, entry.shown_size, self._blocking)
+                self._images[entry.number] = GraduatedImage(
+                    entry.number, entry.image_id, one.fd, entry.shown_size, self._blocking
+                )
 
     async def clear(self) -> None:
         """Close every fd, after the last request. What is in escrow is the next server's."""

@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import socket
+from collections import deque
 from contextlib import suppress
 
 import trio
@@ -23,9 +24,12 @@ from basefs.core.fuse_wire import IN_HEADER, READ_IN, Opcode, Request, request_o
 from basefs.core.inodes import image_inode, image_of_handle
 from basefs.fuse import forwarded
 from basefs.fuse.image_files import ImageFiles
+from basefs.fuse.lower import LowerTree
 from basefs.fuse.operations import Operations
 from basefs.fuse.request_loop import reply
 from basefs.reader_layout import (
+    CLOSE,
+    FILE,
     FORWARDED,
     HIT_BYTES,
     HITS,
@@ -56,6 +60,9 @@ class ReaderLink:
         os.close(slots_fd)
         self._begun_with = [self._counters[word] for word in (HITS, HIT_BYTES, FORWARDED)]
         self._told: dict[int, int] = {}
+        self._files: set[int] = set()
+        self._due: deque[bytes] = deque()
+        """What the socket did not take yet; sent with the next ones."""
 
     def counts(self) -> list[int]:
         """Hits, their bytes, and requests handed on, since it was connected to this server."""
@@ -73,13 +80,30 @@ class ReaderLink:
                 IMAGE, share.chunk_shift, image_inode(share.number), share.entry, share.serial, share.size,
                 share.cluster_bits,
             )  # fmt: skip
-            fds = [share.data_fd, share.ready_fd]
-            if self._send(message, [*fds, share.map_fd] if share.cluster_bits else fds):
+            fds = [fd for fd in (share.data_fd, share.ready_fd, share.map_fd) if fd >= 0]
+            if self._send(message, fds):
                 self._told[share.number] = share.serial
+
+    def tell_file(self, handle: int, fd: int) -> None:
+        """Let it read through an open lower file; once is enough."""
+        if handle not in self._files and self._send(MESSAGE.pack(FILE, 0, handle, 0, 0, 0, 0), [fd]):
+            self._files.add(handle)
+
+    def tell_close(self, handle: int) -> None:
+        """Have it close a lower file, whose space may be waited for."""
+        if handle in self._files:
+            self._files.remove(handle)
+            self._tell_surely(MESSAGE.pack(CLOSE, 0, handle, 0, 0, 0, 0))
 
     def tell_sweep(self) -> None:
         """Have it close what was revoked."""
-        self._send(MESSAGE.pack(SWEEP, 0, 0, 0, 0, 0, 0), [])
+        self._tell_surely(MESSAGE.pack(SWEEP, 0, 0, 0, 0, 0, 0))
+
+    def _tell_surely(self, message: bytes) -> None:
+        if message not in self._due:
+            self._due.append(message)
+        while self._due and self._send(self._due[0], []):
+            self._due.popleft()
 
     def _send(self, message: bytes, fds: list[int]) -> bool:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -98,10 +122,13 @@ class ReaderLink:
 class Readers:
     """All readers of this server. `connect` comes from the keeper's channel; the rest happens in `run`."""
 
-    def __init__(self, operations: Operations, images: ImageFiles, table: ReaderTable, *, requests_max: int) -> None:
-        """`requests_max` are worked on at a time; what comes beside them waits in the kernel or with readers."""
+    def __init__(
+        self, operations: Operations, images: ImageFiles, lower: LowerTree, table: ReaderTable, *, requests_max: int
+    ) -> None:
+        """`requests_max` are worked on at a time; what comes beside them waits."""
         self._operations = operations
         self._images = images
+        self._lower = lower
         self._table = table
         self.room = trio.Semaphore(requests_max)
         self._arrived, self._arrivals = trio.open_memory_channel[ReaderLink](float("inf"))
@@ -110,6 +137,7 @@ class Readers:
         self._last_uniques: dict[int, int] = {}
         self._ended_counts = [0, 0, 0]
         table.revoked = self._sweep
+        lower.when_released(self._released)
 
     def connect(self, number: int, fds: list[int]) -> None:
         """A reader is there: its socket, its clone of /dev/fuse and its slots, all ours from here."""
@@ -137,6 +165,10 @@ class Readers:
         each = [self._ended_counts, *(link.counts() for link in self._links.values())]
         hits, hit_bytes, handed_on = (sum(column) for column in zip(*each, strict=True))
         return {"readers": len(self._links), "hits": hits, "hit_bytes": hit_bytes, "forwarded": handed_on}
+
+    def _released(self, handle: int) -> None:
+        for link in self._links.values():
+            link.tell_close(handle)
 
     def _sweep(self) -> None:
         for link in self._links.values():
@@ -202,7 +234,11 @@ class Readers:
     async def _offer(self, link: ReaderLink, request: Request) -> None:
         handle, offset, size, *_ = READ_IN.unpack_from(request.body)
         found = image_of_handle(handle)
-        if found is not None:
+        if found is None:
+            fd = self._lower.shared_fd(handle)
+            if fd is not None:
+                link.tell_file(handle, fd)
+        else:
             share = await self._images.share(found[0], self._table, offset, size)
             if share is not None:
                 link.tell_image(share)

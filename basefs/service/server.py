@@ -202,7 +202,9 @@ class Service:
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
-        readers = Readers(view.operations, images, reader_table, requests_max=settings.max_background + SYNCHRONOUS_MAX)
+        readers = Readers(
+            view.operations, images, lower, reader_table, requests_max=settings.max_background + SYNCHRONOUS_MAX
+        )
         # Places of readers that an earlier server wanted may still have some, for a moment.
         is_shared = settings.readers > 0 or int(self._channel.begun.get("reader_places", 0)) > 0
         metrics = Metrics(

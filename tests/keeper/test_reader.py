@@ -18,7 +18,19 @@ from basefs.cache.reader_table import Entry, ReaderTable, new_table
 from basefs.core import fuse_wire as wire
 from basefs.keeper_reader_process import Place, clear_slots, taken_slots
 from basefs.reader import Reader
-from basefs.reader_layout import FORWARDED, HIT_BYTES, HITS, IMAGE, MESSAGE, SLOTS, SLOTS_BYTES, SWEEP, TABLE
+from basefs.reader_layout import (
+    CLOSE,
+    FILE,
+    FORWARDED,
+    HIT_BYTES,
+    HITS,
+    IMAGE,
+    MESSAGE,
+    SLOTS,
+    SLOTS_BYTES,
+    SWEEP,
+    TABLE,
+)
 
 HEADER = wire.IN_HEADER.size
 INODE = (1 << 32) + 7
@@ -70,9 +82,9 @@ class Rig:
         self.server = ours
         self.tell(TABLE, [self.table.fd])
 
-    def tell(self, kind: int, fds: list[int], entry: Entry | None = None) -> None:
+    def tell(self, kind: int, fds: list[int], entry: Entry | None = None, *, inode: int = 0) -> None:
         assert self.server is not None
-        rest = (0, 0, 0, 0, 0) if entry is None else (INODE, entry.word, entry.serial, SIZE, 0)
+        rest = (inode, 0, 0, 0, 0) if entry is None else (INODE, entry.word, entry.serial, SIZE, 0)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.server.sendmsg([MESSAGE.pack(kind, CHUNK_SHIFT, *rest)], rights)
         self.settle()
@@ -264,3 +276,44 @@ def test_slots_are_cleared(tmp_path: Path) -> None:
     clear_slots(place)
     assert taken_slots(place) == []
     os.close(fd)
+
+
+def test_open_lower_files_are_read_through_until_they_are_released(rig: Rig) -> None:
+    rig.new_server()
+    assert rig.server is not None
+    handle = 1 << 41 | 1
+    path = rig.directory / "lower"
+    path.write_bytes(CONTENT)
+    fd = os.open(path, os.O_RDONLY)
+    status = os.fstat(fd)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    rig.server.sendmsg([MESSAGE.pack(FILE, 0, handle, 0, 0, 0, 0)], rights)
+    os.close(fd)
+    rig.settle()
+    rig.kernel.send(read_of(2, 100, 4096, handle))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(2, 4096) + CONTENT[100:4196]
+    others = [read_of(4, SIZE - 10, 4096, handle), read_of(6, 0, 10, handle - 1), read_of(8, 0, 10, handle + 1)]
+    for other in others:  # its end is the server's affair; handles are not inodes
+        rig.kernel.send(other)
+    assert rig.handed_on(sum(map(len, others))) == b"".join(others)
+    rig.tell(CLOSE, [], None, inode=handle)
+    open_now = {(found.st_dev, found.st_ino) for one in os.listdir("/proc/self/fd") if (found := _stat(int(one)))}
+    assert (status.st_dev, status.st_ino) not in open_now
+    rig.kernel.send(read_of(10, 0, 10, handle))
+    assert rig.handed_on(len(others[0])) == read_of(10, 0, 10, handle)
+
+
+def test_an_image_that_is_a_file_is_served_until_it_is_revoked(rig: Rig) -> None:
+    rig.new_server()
+    path = rig.directory / "graduated"
+    path.write_bytes(CONTENT)
+    entry = rig.table.list(7)
+    assert entry is not None
+    fd = os.open(path, os.O_RDONLY)
+    rig.tell(IMAGE, [fd], entry)
+    os.close(fd)
+    rig.kernel.send(read_of(2, 20_000, 4096))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(2, 4096) + CONTENT[20_000:24_096]
+    entry.revoke()
+    rig.kernel.send(read_of(4, 0, 10))
+    assert rig.handed_on(len(read_of(4, 0, 10))) == read_of(4, 0, 10)

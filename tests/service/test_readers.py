@@ -91,7 +91,8 @@ def readers(face: Face) -> Iterator[Readers]:
         return None
 
     table = ReaderTable(new_table())
-    yield Readers(face, SimpleNamespace(share=share), table, requests_max=4)  # type: ignore[arg-type]
+    lower = SimpleNamespace(shared_fd=lambda _handle: None, when_released=lambda _call: None)
+    yield Readers(face, SimpleNamespace(share=share), lower, table, requests_max=4)  # type: ignore[arg-type]
     os.close(table.fd)
 
 
