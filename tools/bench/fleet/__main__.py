@@ -18,7 +18,7 @@ from tools.bench.boot import GRANULARITY
 from tools.bench.fleet import model
 from tools.bench.fleet.network import SITE_ADDRESS, Network, enter_site
 from tools.bench.fleet.nodes import Boot, measured
-from tools.bench.fleet.record import FleetResults, load, save, table
+from tools.bench.fleet.record import MB, FleetResults, load, save, table
 from tools.bench.fleet.ways import WAYS, GlanceRanges, Tier
 from tools.bench.peers.machine import machine
 from tools.bench.peers.peers import first_line
@@ -70,7 +70,8 @@ def run_all(chosen: argparse.Namespace, scratch: Path, site: str) -> FleetResult
                     run = measured(kind(rig, image_id), network, count, directory, boot)
                     shutil.rmtree(directory)
                     results.runs.append(run)
-                    print(f"{run.way}, {run.nodes} nodes: last {run.last_s:.2f} s", flush=True)
+                    sent = f"Glance sent {run.glance_bytes / MB:.1f} MB in {run.glance_requests} requests"
+                    print(f"{run.way}, {run.nodes} nodes: last {run.last_s:.2f} s, {sent}", flush=True)
     return results
 
 
