@@ -12,7 +12,7 @@ import pytest
 import trio.testing
 
 from tools.mount import BasefsMount, MountError, basefs_mounts
-from tools.rig import Rig
+from tools.rig import Rig, radosgw
 from tools.rig.leftovers import loop_devices_below
 from tools.secrets_used import said_files, secrets_in
 
@@ -95,6 +95,17 @@ def ceph_rig(_ceph_session: Rig) -> Iterator[Rig]:
     """As `cinder_rig`, with a Ceph, Cinder's RBD driver and Glance's rbd store on it; 14 s to start."""
     yield _ceph_session
     _assert_no_links(_ceph_session)
+
+
+@pytest.fixture(scope="session")
+def object_stores_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A real Glance behind a real Keystone with its stock rbd, s3, swift stores on a Ceph with radosgw; 25 s to start.
+
+    Who stops or freezes a daemon brings it back.
+    """
+    with Rig(tmp_path_factory.mktemp("object-stores-rig"), auth="keystone", object_stores=True) as running:
+        radosgw.allow_reader(running.ceph.s3_url)
+        yield running
 
 
 def _assert_no_links(rig: Rig) -> None:

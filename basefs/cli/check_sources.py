@@ -32,7 +32,7 @@ Located = tuple[str, int, str]
 def check_sources(conf: ConfigOpts, settings: Settings) -> list[Finding]:
     """Everything about stores, in at most about DEADLINE_S seconds."""
     try:
-        stores = open_stores(settings, threads_max=1)
+        stores = open_stores(settings, conf, threads_max=1)
     except ConfigError as exc:
         return [error("sources", str(exc))]
     files = _files(settings)
@@ -90,6 +90,8 @@ def _none_told(name: str, told: Sequence[Located]) -> Finding:
 
 async def _check_store(store: Store, told: Sequence[Located]) -> Finding:
     """Open the first image that may be read there."""
+    if store.missing is not None:
+        return warning(store.name, f"{store.missing}; {_INSTEAD}")
     reason = ""
     for image_id, size, location in _of_kind(store.name, told):
         refusal = store.refusal(image_id, location)

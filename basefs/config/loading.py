@@ -14,6 +14,7 @@ from oslo_config import cfg
 from oslo_log import log
 
 from basefs import mounts
+from basefs.config.auth_sections import auth_section_of
 from basefs.config.checks import cache_endpoint_problem, check_together
 from basefs.config.files import DEFAULT_CONFIG_FILE, Entry, find_config_files, read_entries
 from basefs.config.options import BASEFS_OPTS, GLANCE_SECTION, glance_common_opts
@@ -26,12 +27,23 @@ from basefs.config.source_options import (
     file_location_settings,
     http_location_settings,
 )
+from basefs.config.store_options import (
+    RBD_OPTS,
+    RBD_SECTION,
+    S3_OPTS,
+    S3_SECTION,
+    SWIFT_OPTS,
+    SWIFT_SECTION,
+    rbd_settings,
+    s3_settings,
+    swift_common_opts,
+    swift_settings,
+)
 from basefs.config.trace_options import TRACE_OPTS, TRACE_SECTION
 from basefs.config.volume_options import (
     CINDER_SECTION,
     LINKING_SECTION,
     VOLUME_LINKING_OPTS,
-    cinder_auth_section,
     cinder_common_opts,
     volume_linking_settings,
 )
@@ -39,7 +51,7 @@ from basefs.errors import ConfigError
 
 READERS_DEFAULT_MAX = 4
 _PATH_OPTIONS = ("mountpoint", "cache_dir", "control_socket", "instances_path")
-_OUR_SECTIONS = ("basefs", LINKING_SECTION, TRACE_SECTION, HTTP_SECTION, FILE_SECTION)
+_OUR_SECTIONS = ("basefs", LINKING_SECTION, TRACE_SECTION, HTTP_SECTION, FILE_SECTION, RBD_SECTION)
 _ENDPOINT_NEEDED = ("none", "admin_token", "http_basic")
 """Plugins without a service catalog: where Glance is must be said."""
 
@@ -58,8 +70,10 @@ def load_settings(config_files: Sequence[str] = (), config_dirs: Sequence[str] =
     conf = _parsed(paths)
     conf.register_opts(glance_common_opts(), group=GLANCE_SECTION)
     conf.register_opts(cinder_common_opts(), group=CINDER_SECTION)
+    conf.register_opts(swift_common_opts(), group=SWIFT_SECTION)
     auth_section = _register_auth(conf, paths, entries)
-    _register_cinder_auth(conf, entries)
+    _register_further_auth(conf, entries, CINDER_SECTION)
+    _register_further_auth(conf, entries, SWIFT_SECTION)
     known = _known_keys(conf)
     _refuse_unknown(entries, known)
     _check_values(conf, entries)
@@ -97,6 +111,9 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
     conf.register_opts(HTTP_OPTS, group=HTTP_SECTION)
     conf.register_opts(FILE_OPTS, group=FILE_SECTION)
     conf.register_opts(TRACE_OPTS, group=TRACE_SECTION)
+    conf.register_opts(RBD_OPTS, group=RBD_SECTION)
+    conf.register_opts(S3_OPTS, group=S3_SECTION)
+    conf.register_opts(SWIFT_OPTS, group=SWIFT_SECTION)
     try:
         conf(args=[], project="basefs", prog="basefs", default_config_files=paths, default_config_dirs=[])
     except (cfg.Error, ValueError) as exc:
@@ -126,21 +143,21 @@ def _register_auth(conf: cfg.ConfigOpts, paths: list[str], entries: list[Entry])
     return section
 
 
-def _register_cinder_auth(conf: cfg.ConfigOpts, entries: list[Entry]) -> None:
-    """As `_register_auth`, for a [cinder] that has an auth plugin of its own; without one it uses that of [glance]."""
+def _register_further_auth(conf: cfg.ConfigOpts, entries: list[Entry], user: str) -> None:
+    """As `_register_auth`, for a section `user` that has an auth plugin of its own, else uses that of [glance]."""
     from keystoneauth1 import loading
 
     try:
-        section = cinder_auth_section(conf)
+        section = auth_section_of(conf, user)
         if section == (conf[GLANCE_SECTION].auth_section or GLANCE_SECTION):
             return
-        if section != CINDER_SECTION:
+        if section != user:
             conf.register_opts(loading.get_auth_common_conf_options(), group=section)
         auth_type = conf[section].auth_type
     except cfg.Error:
-        raise ConfigError("[cinder] auth_type, auth_section: a $ must be written $$") from None
+        raise ConfigError(f"[{user}] auth_type, auth_section: a $ must be written $$") from None
     if not auth_type:
-        raise ConfigError(f"[{section}] auth_type is not set, and [cinder] auth_section names that section")
+        raise ConfigError(f"[{section}] auth_type is not set, and [{user}] auth_section names that section")
     _register_plugin(conf, entries, section, auth_type)
 
 
@@ -284,4 +301,7 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
         volume_linking=volume_linking_settings(conf, values["cache_dir"]),
         http_location=http_location_settings(conf),
         file_location=file_location_settings(conf),
+        rbd=rbd_settings(conf),
+        s3=s3_settings(conf),
+        swift=swift_settings(conf),
     )

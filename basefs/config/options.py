@@ -289,7 +289,7 @@ def list_opts() -> list[tuple[str, list[Any]]]:
     """What `oslo-config-generator --namespace basefs` writes. [DEFAULT] comes from the namespace `oslo.log`."""
     from keystoneauth1 import loading
 
-    from basefs.config import trace_options, volume_options
+    from basefs.config import store_options, trace_options, volume_options
 
     glance = {opt.dest: opt for opt in glance_common_opts()}
     for auth_type in SAMPLE_AUTH_TYPES:
@@ -303,4 +303,7 @@ def list_opts() -> list[tuple[str, list[Any]]]:
         (volume_options.CINDER_SECTION, volume_options.cinder_common_opts()),
         (HTTP_SECTION, HTTP_OPTS),
         (FILE_SECTION, FILE_OPTS),
+        (store_options.RBD_SECTION, store_options.RBD_OPTS),
+        (store_options.S3_SECTION, store_options.S3_OPTS),
+        (store_options.SWIFT_SECTION, [*store_options.SWIFT_OPTS, *store_options.swift_common_opts()]),
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from basefs.config.source_options import FileLocationSettings, HttpLocationSettings
+from basefs.config.store_options import RbdSettings, S3Settings, SwiftSettings
 from basefs.config.volume_options import VolumeLinkingSettings
 
 Handler = Literal["auto", "downloading", "volume-linking"]
@@ -56,3 +57,6 @@ class Settings:
     volume_linking: VolumeLinkingSettings
     http_location: HttpLocationSettings
     file_location: FileLocationSettings
+    rbd: RbdSettings | None
+    s3: S3Settings | None
+    swift: SwiftSettings | None

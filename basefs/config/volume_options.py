@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from oslo_config import cfg
 
-from basefs.config.options import GLANCE_SECTION
+from basefs.config.auth_sections import auth_section_of
 from basefs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,10 +132,8 @@ def cinder_common_opts() -> list[cfg.Opt]:
 
 
 def cinder_auth_section(conf: cfg.ConfigOpts) -> str:
-    """The section that [cinder] takes its auth options from: its own, or that of its auth_section, else [glance]'s."""
-    cinder, glance = conf[CINDER_SECTION], conf[GLANCE_SECTION]
-    chosen: str = cinder.auth_section or (CINDER_SECTION if cinder.auth_type else GLANCE_SECTION)
-    return glance.auth_section or GLANCE_SECTION if chosen == GLANCE_SECTION else chosen
+    """See `auth_section_of`."""
+    return auth_section_of(conf, CINDER_SECTION)
 
 
 def _is_id(text: str) -> bool:

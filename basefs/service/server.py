@@ -118,7 +118,8 @@ class Service:
         counters = FetchCounters()
         glance = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
         tier = self._over_tier(glance, nursery)
-        sourcing = Sourcing(self._access, tier or glance, settings, catalog, nursery, lambda: cache.handler)
+        conf = self._loaded.conf
+        sourcing = Sourcing(self._access, tier or glance, settings, conf, catalog, nursery, lambda: cache.handler)
         source = sourcing.source
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
+from oslo_config.cfg import ConfigOpts
 
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
@@ -34,6 +35,7 @@ class Sourcing:
         access: GlanceAccess,
         glance: ImageSource,
         settings: Settings,
+        conf: ConfigOpts,
         catalog: Catalog,
         nursery: trio.Nursery,
         handler: Callable[[], DownloadingTemplateImageHandler],
@@ -51,7 +53,7 @@ class Sourcing:
         self._held: list[HeldFd] = []
         self.source = SourceChoice(
             glance,
-            open_stores(settings, threads_max=settings.fetch_threads_max),
+            open_stores(settings, conf, threads_max=settings.fetch_threads_max),
             GlanceLocations(access).locations,
             order=sorted(set(SOURCE_NAMES) & set(settings.source_order), key=settings.source_order.index),
             nursery=nursery,

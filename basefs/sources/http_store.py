@@ -76,6 +76,7 @@ class HttpStore:
 
     def __init__(self, hosts: AllowedHosts, *, cafile: str | None, insecure: bool, threads_max: int) -> None:
         self.name: StoreName = "http"
+        self.missing: str | None = None
         self.requests = 0
         self.received_bytes = 0
         self._hosts = hosts

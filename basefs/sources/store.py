@@ -46,6 +46,9 @@ class Store(Protocol):
     requests: int
     received_bytes: int
 
+    missing: str | None
+    """Why nothing can be read here: what is not installed on this host, and how to get it; else None."""
+
     def refusal(self, image_id: str, location: str) -> str | None:
         """Why the location is not to be used for that image; None: `open` may be tried.
 

@@ -29,7 +29,7 @@ def test_instances_path_is_the_parent_of_the_mount_point(config_file):
 
 
 def test_settings_and_options_have_the_same_names():
-    sections = {"trace_share", "volume_linking", "http_location", "file_location"}
+    sections = {"trace_share", "volume_linking", "http_location", "file_location", "rbd", "s3", "swift"}
     assert {opt.dest for opt in BASEFS_OPTS} | sections == set(Settings.__slots__)
     assert {opt.dest for opt in VOLUME_LINKING_OPTS} == set(VolumeLinkingSettings.__slots__)
     assert {opt.dest for opt in HTTP_OPTS} == set(HttpLocationSettings.__slots__)

@@ -3,11 +3,14 @@
 import os
 import uuid
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 import trio
 
 from basefs import errors
+from tests.contract.object_store_worlds import MemoryRbdWorld, ServerS3World, ServerSwiftWorld
+from tests.contract.real_store_worlds import RealRbdWorld, RealS3World, RealSwiftWorld
 from tests.contract.store_worlds import PIECE_BYTES, SECRET, HttpWorld, MemoryStoreWorld
 from tests.contract.test_image_source import Taken
 
@@ -17,12 +20,38 @@ CANCEL_LIMIT_S = 10.0
 """A cancelled call ends within this time, whatever its store does; generous, for making a connection takes 5 s."""
 
 
-WORLDS = {"memory": MemoryStoreWorld, "http": HttpWorld}
+WORLDS = {
+    "memory": MemoryStoreWorld,
+    "http": HttpWorld,
+    "rbd in memory": MemoryRbdWorld,
+    "rbd in memory, no object map": partial(MemoryRbdWorld, has_map=False),
+    "s3 server": ServerS3World,
+    "swift server": ServerSwiftWorld,
+}
 
 
-@pytest.fixture(params=WORLDS)
+REAL_WORLDS = {"real rbd": RealRbdWorld, "real s3": RealS3World, "real swift": RealSwiftWorld}
+_REAL_MARKS = (pytest.mark.glance, pytest.mark.keystone, pytest.mark.ceph)
+
+
+def in_worlds_with(*faults):
+    """The worlds that can do these, as parameters; all of them without any."""
+    memory = [name for name, made in WORLDS.items() if {*faults} <= {*getattr(made, "func", made).faults}]
+    real = [name for name, made in REAL_WORLDS.items() if {*faults} <= {*made.faults}]
+    return [*memory, *(pytest.param(name, marks=_REAL_MARKS) for name in real)]
+
+
+def needs(*faults):
+    """For a test that makes its world do these."""
+    return pytest.mark.parametrize("world", in_worlds_with(*faults), indirect=True)
+
+
+@pytest.fixture(params=in_worlds_with())
 async def world(request):
-    made = WORLDS[request.param]()
+    if request.param in WORLDS:
+        made = WORLDS[request.param]()
+    else:
+        made = REAL_WORLDS[request.param](request.getfixturevalue("object_stores_rig"))
     yield made
     made.heal()
     await made.close()
@@ -36,11 +65,6 @@ def store(world):
 @pytest.fixture
 def image_id():
     return str(uuid.uuid4())
-
-
-def needs(world, fault):
-    if fault not in world.faults:
-        pytest.skip(f"{type(world).__name__} cannot do {fault}")
 
 
 @asynccontextmanager
@@ -139,16 +163,16 @@ async def test_an_object_of_another_size_is_not_the_image(world, store, image_id
             await store.open(location, image_id=image_id, size=size)
 
 
+@needs("remove")
 async def test_an_object_that_is_not_there_is_gone(world, store, image_id):
-    needs(world, "remove")
     location = world.put(image_id, DATA)
     world.remove(location)
     with pytest.raises(errors.StoreGoneError):
         await store.open(location, image_id=image_id, size=SIZE)
 
 
+@needs("remove")
 async def test_an_object_that_was_removed_while_open_is_gone_or_what_it_was(world, store, image_id):
-    needs(world, "remove")
     location = world.put(image_id, DATA)
     async with opened(store, location, image_id) as found:
         world.remove(location)
@@ -156,8 +180,8 @@ async def test_an_object_that_was_removed_while_open_is_gone_or_what_it_was(worl
             assert await fetched(found, 0, SIZE) == DATA
 
 
+@needs("replace")
 async def test_an_object_that_was_replaced_while_open_gives_no_other_byte(world, store, image_id):
-    needs(world, "replace")
     location = world.put(image_id, DATA)
     async with opened(store, location, image_id) as found:
         world.replace(location, os.urandom(SIZE))
@@ -165,8 +189,8 @@ async def test_an_object_that_was_replaced_while_open_gives_no_other_byte(world,
             assert await fetched(found, 0, SIZE) == DATA
 
 
+@needs("forbid")
 async def test_who_may_not_read_is_told_so(world, store, image_id):
-    needs(world, "forbid")
     location = world.put(image_id, DATA)
     async with opened(store, location, image_id) as found:
         world.forbid()
@@ -178,8 +202,8 @@ async def test_who_may_not_read_is_told_so(world, store, image_id):
         assert await fetched(found, 0, 100) == DATA[:100]
 
 
+@needs("away")
 async def test_a_store_that_is_away_is_unavailable_and_comes_back(world, store, image_id):
-    needs(world, "away")
     location = world.put(image_id, DATA)
     async with opened(store, location, image_id) as found:
         world.away()
@@ -192,8 +216,8 @@ async def test_a_store_that_is_away_is_unavailable_and_comes_back(world, store, 
         assert await fetched(found, 0, 100) == DATA[:100]
 
 
+@needs("cut")
 async def test_an_answer_that_breaks_off_leaves_a_right_prefix(world, store, image_id):
-    needs(world, "cut")
     async with opened(store, world.put(image_id, DATA), image_id) as found:
         world.cut()
         taken = Taken()
@@ -221,8 +245,8 @@ async def test_a_cancelled_transfer_ends_at_the_next_piece(world, store, image_i
         assert taken.joined(0) == DATA[: 3 * PIECE_BYTES]
 
 
+@needs("hang")
 async def test_a_hanging_store_lets_go_of_what_is_cancelled(world, store, image_id):
-    needs(world, "hang")
     location = world.put(image_id, DATA)
     async with opened(store, location, image_id) as found:
         world.hang()

@@ -24,6 +24,7 @@ class MemoryStore:
     """By location."""
     requests: int = 0
     received_bytes: int = 0
+    missing: str | None = None
     opens: int = 0
     opened: int = 0
     """Objects that are open now."""

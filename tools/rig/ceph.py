@@ -1,12 +1,17 @@
-"""A Ceph of one monitor, one OSD in memory and one manager on loopback, from Debian's packages (`tools/setup ceph`)."""
+"""A Ceph of one monitor, one OSD in memory and one manager on loopback, from Debian's packages (`tools/setup ceph`).
+
+With a radosgw on it where one is wanted.
+"""
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 import uuid
 
+from tools.rig import radosgw
 from tools.rig.processes import RigError, Service, environment, listening_socket, run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,8 +39,12 @@ auth allow insecure global id reclaim = false
 mon data = {d}/mon
 osd data = {d}/osd
 mgr data = {d}/mgr
-osd objectstore = memstore
+osd objectstore = {objectstore}
 memstore device bytes = 4294967296
+bluestore block size = 4294967296
+bluestore fsck on mount = false
+bluestore cache autotune = false
+bluestore cache size = 134217728
 osd memory target = 939524096
 osd op num shards = 2
 mon osd full ratio = 0.99
@@ -46,10 +55,25 @@ ms bind ipv6 = false
 
 
 class Ceph:
-    """The cluster in `directory`; pools `volumes` and `images`, user client.admin."""
+    """The cluster in `directory`; pools `volumes` and `images`, users client.admin and client.basefs, who may read.
 
-    def __init__(self, directory: str, venv: str, lifeline_fd: int | None) -> None:
+    With `has_radosgw` a radosgw on it, on `radosgw_port` of loopback, once it is started. With `is_durable` its objects
+    are in a file, and outlive `kill`.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        venv: str,
+        lifeline_fd: int | None,
+        *,
+        has_radosgw: bool = False,
+        is_durable: bool = False,
+    ) -> None:
         self.directory = directory
+        self.radosgw_port = 0
+        self._has_radosgw = has_radosgw
+        self._objectstore = "bluestore" if is_durable else "memstore"
         # Where os-brick looks for the key: in /etc/ceph by cluster and user, whatever the configuration says.
         self.cluster = f"rig-{uuid.uuid4().hex[:8]}"
         self.conf_path = os.path.join(directory, "ceph.conf")
@@ -58,24 +82,38 @@ class Ceph:
         self._lifeline_fd = lifeline_fd
         self._services: dict[str, Service] = {}
 
-    def start(self) -> None:
-        """Make the cluster and start it; returns when its OSD is up and the pools are there."""
+    def start(self, keystone_url: str | None = None) -> None:
+        """Make the cluster and start it; returns when its OSD is up and the pools are there.
+
+        Its radosgw will ask the Keystone at `keystone_url` who has a token; that may start later.
+        """
         for name in ("run", "log", "mon", "osd", "mgr"):
             os.makedirs(os.path.join(self.directory, name), exist_ok=True)
         fsid = str(uuid.uuid4())
-        with listening_socket("127.0.0.1") as first, listening_socket("127.0.0.1") as second:
-            port, port_v1 = first.getsockname()[1], second.getsockname()[1]
+        with contextlib.ExitStack() as opened:
+            sockets = [opened.enter_context(listening_socket("127.0.0.1")) for _ in range(3)]
+            port, port_v1, self.radosgw_port = (sock.getsockname()[1] for sock in sockets)
         with open(self.conf_path, "w", encoding="utf-8") as conf:
-            conf.write(_CONF.format(d=self.directory, fsid=fsid, port=port, port_v1=port_v1))
+            conf.write(
+                _CONF.format(d=self.directory, fsid=fsid, port=port, port_v1=port_v1, objectstore=self._objectstore)
+            )
+            if self._has_radosgw:
+                conf.write(radosgw.conf(self.directory, self.radosgw_port, keystone_url))
         self._make_keys()
         self._start_monitor(fsid, f"[v2:127.0.0.1:{port},v1:127.0.0.1:{port_v1}]")
         self._start_osd()
         self._register("mgr.x", mon="allow profile mgr", osd="allow *")
-        self._daemon("mgr.x", "ceph-mgr", "-i", "x")
+        self.start_daemon("mgr.x")
         self._wait_for_osd()
         for pool in POOLS:
             self._ceph("osd", "pool", "create", pool, "8")
             self._ceph("osd", "pool", "application", "enable", pool, "rbd")
+        self._register("client.basefs", mon="profile rbd", osd="profile rbd-read-only pool=images")
+        if self._has_radosgw:
+            os.makedirs(self._path("rgw"), exist_ok=True)
+            self._register("client.rgw", mon="allow rw", osd="allow rwx")
+            self.start_daemon("rgw")
+            radosgw.make_users(self)
 
     def stop(self) -> None:
         """End it; clients' requests hang from now on."""
@@ -84,6 +122,56 @@ class Ceph:
         self._services.clear()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._client_keyring)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL a daemon: `osd.0`, `mon.a`, `mgr.x` or `rgw`."""
+        service = self._services.pop(name)
+        service.send(signal.SIGKILL)
+        service.stop()
+
+    def pause(self, name: str) -> None:
+        """Freeze a daemon."""
+        self._services[name].send(signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        """Thaw a daemon; one that was killed is started again."""
+        if name in self._services:
+            self._services[name].send(signal.SIGCONT)
+        else:
+            self.start_daemon(name)
+
+    def start_daemon(self, name: str) -> None:
+        """Start a daemon, again after `kill`; returns when it answers, but of an OSD."""
+        if name == "rgw":
+            self._daemon("rgw", "radosgw", "-n", "client.rgw")
+            self._services["rgw"].wait_for(radosgw.url(self.radosgw_port))
+        else:
+            kind, _, which = name.partition(".")
+            self._daemon(name, f"ceph-{kind}", "-i", which)
+
+    def command(self, *arguments: str) -> str:
+        """Return what `ceph <arguments>` says as client.admin."""
+        return self._output("ceph", "-c", self.conf_path, *arguments)
+
+    def radosgw_admin(self, *arguments: str) -> str:
+        """Return what `radosgw-admin <arguments>` says."""
+        return self._output("radosgw-admin", "-c", self.conf_path, *arguments)
+
+    def _output(self, *argv: str) -> str:
+        done = subprocess.run(argv, env=self._environment, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RigError(f"{' '.join(argv[:5])} exited with {done.returncode}: {done.stderr[-500:]}")
+        return done.stdout
+
+    @property
+    def s3_url(self) -> str:
+        """The endpoint of its radosgw for S3."""
+        return radosgw.url(self.radosgw_port)
+
+    @property
+    def swift_url(self) -> str:
+        """The storage URL of its radosgw for Swift."""
+        return radosgw.url(self.radosgw_port) + "/swift/v1"
 
     @property
     def pids(self) -> dict[str, int]:
@@ -117,14 +205,14 @@ class Ceph:
         self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", address, monmap)
         keyring = ("--keyring", self._path("keyring"))
         self._run("ceph-mon", "-c", self.conf_path, "-i", "a", "--mkfs", "--monmap", monmap, *keyring)
-        self._daemon("mon.a", "ceph-mon", "-i", "a")
+        self.start_daemon("mon.a")
 
     def _start_osd(self) -> None:
         osd_id = str(uuid.uuid4())
         self._ceph("osd", "new", osd_id)
         self._register("osd.0", mon="allow profile osd", osd="allow *", mgr="allow profile osd")
         self._run("ceph-osd", "-c", self.conf_path, "-i", "0", "--mkfs", "--osd-uuid", osd_id)
-        self._daemon("osd.0", "ceph-osd", "-i", "0")
+        self.start_daemon("osd.0")
 
     def _daemon(self, name: str, program: str, *arguments: str) -> None:
         lifeline = -1 if self._lifeline_fd is None else self._lifeline_fd

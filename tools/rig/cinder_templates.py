@@ -64,6 +64,7 @@ GLANCE_RBD = """[ceph]
 rbd_store_ceph_conf = {conf}
 rbd_store_user = admin
 rbd_store_pool = images
+rbd_thin_provisioning = true
 """
 
 GLANCE_STORE = """[{store}]

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from tools.rig import templates
+from tools.rig import radosgw, templates
 from tools.rig.ceph import Ceph
 from tools.rig.cinder import Cinder
+from tools.rig.cinder_templates import GLANCE_RBD
 from tools.rig.databases import template
 from tools.rig.identity import PASSWORD, USERS, Keystone
 from tools.rig.images import RigImages
@@ -49,6 +50,10 @@ class Rig(RigImages):
     With `cinder=True` a real Cinder runs too, and Glance has stores in it (`upload_cinder`); with `nfs=True` one of
     them is on the stock NFS driver, with `ceph=True` one on the stock RBD driver, and Glance has its own rbd store,
     `ceph`, on the same cluster. All want root; Ceph wants `tools/setup ceph`.
+
+    With `object_stores=True` there is a Ceph, without Cinder, and a radosgw on it, and Glance has the stores `ceph` and
+    `s3`; behind a Keystone also `swift`. `upload(..., store=...)` takes them. Their bytes are in memory, and
+    gone when the OSD is killed, unless it is "durable".
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Rig(RigImages):
         cinder: bool = False,
         nfs: bool = False,
         ceph: bool = False,
+        object_stores: bool | Literal["durable"] = False,
         token_expiration_s: int = 3600,
         host: str = "127.0.0.1",
         threads: int = 16,
@@ -76,10 +82,20 @@ class Rig(RigImages):
         self._services: dict[str, Service] = {}
         self._ports: dict[str, int] = {}
         self._lifeline: tuple[int, int] | None = None if detached else os.pipe()
-        self._ceph = Ceph(self.directory + "/ceph", self._venv, self._lifeline_fd) if ceph else None
-        self._cinder = (
-            Cinder(self.directory, self._venv, nfs=nfs, ceph=self._ceph) if cinder or nfs or self._ceph else None
-        )
+        self._ceph: Ceph | None = None
+        if ceph or object_stores:
+            directory = self.directory + "/ceph"
+            self._ceph = Ceph(
+                directory,
+                self._venv,
+                self._lifeline_fd,
+                has_radosgw=bool(object_stores),
+                is_durable=object_stores == "durable",
+            )
+        self._has_object_stores = bool(object_stores)
+        self._cinder: Cinder | None = None
+        if cinder or nfs or ceph:
+            self._cinder = Cinder(self.directory, self._venv, nfs=nfs, ceph=self._ceph if ceph else None)
 
     # -- life
 
@@ -125,13 +141,14 @@ class Rig(RigImages):
         with contextlib.ExitStack() as opened:
             sockets = {name: opened.enter_context(listening_socket(self.host)) for name in self._wanted()}
             self._ports = {name: sock.getsockname()[1] for name, sock in sockets.items()}
-            self._configure()
             if self._ceph:
-                self._ceph.start()
+                self._ceph.start(self.keystone_url if self.auth == "keystone" else None)
+            self._configure()
             if self._cinder and self._lifeline:
                 self._launch_leftovers(self._lifeline[0])
             # Glance looks for its stores' volume types as it starts, with the password of a user who must be there.
-            after_keystone = ["glance"] if self._cinder and self.auth == "keystone" else []
+            is_asked_by_glance = self.auth == "keystone" and (self._cinder or self._has_object_stores)
+            after_keystone = ["glance"] if is_asked_by_glance else []
             for name, sock in sockets.items():
                 if name not in after_keystone:
                     self._launch(name, sock)
@@ -152,6 +169,8 @@ class Rig(RigImages):
         keystone.register("image", self.glance_url)
         if self._cinder:
             keystone.register("block-storage", self.cinder_url)
+        if self._has_object_stores:
+            keystone.register("object-store", self.ceph.swift_url)
 
     def _wanted(self) -> list[str]:
         wanted = ["keystone"] if self.auth == "keystone" else []
@@ -197,6 +216,13 @@ class Rig(RigImages):
     def keystone_url(self) -> str:
         """Keystone's endpoint, with /v3."""
         return f"http://{self.host}:{self._ports['keystone']}/v3"
+
+    @property
+    def ceph(self) -> Ceph:
+        """The rig's Ceph, where it has one."""
+        if self._ceph is None:
+            raise RigError("this rig was made without ceph=True or object_stores=True")
+        return self._ceph
 
     @property
     def cinder_url(self) -> str:
@@ -296,6 +322,9 @@ class Rig(RigImages):
             _write(d + "/glance/glance-api-paste.ini", templates.paste_ini(stock.read()))
         backends = ["fs:file", *(["web:http"] if self._http_store else [])]
         backends += self._cinder.glance_backends if self._cinder else []
+        if self._has_object_stores:
+            backends += ["ceph:rbd"] if "ceph:rbd" not in backends else []
+            backends += ["s3:s3", *(["swift:swift"] if keystone else [])]
         conf = templates.GLANCE.format(
             d=d,
             host=self.host,
@@ -309,6 +338,13 @@ class Rig(RigImages):
             keystone_url = self.keystone_url if keystone else None
             conf += self._cinder.glance_conf(keystone_url or self.cinder_url)
             self._cinder.configure(host=self.host, glance_url=self.glance_url, keystone_url=keystone_url)
+        if self._has_object_stores:
+            if "\n[ceph]\n" not in conf:
+                conf += GLANCE_RBD.format(conf=self.ceph.conf_path)
+            conf += radosgw.glance_conf(d, self.ceph.radosgw_port, swift=keystone)
+            if keystone:
+                references = radosgw.SWIFT_REFERENCES.format(password=PASSWORD, keystone_url=self.keystone_url)
+                _write(d + "/glance/swift.conf", references)
         _write(d + "/glance/glance-api.conf", conf)
         if not os.path.exists(d + "/glance.sqlite"):
             shutil.copyfile(template(self._venv, "glance") + "/glance.sqlite", d + "/glance.sqlite")
