@@ -16,6 +16,7 @@ from typing import Any
 import trio
 
 from basefs import errors
+from basefs.concurrency.batched_calls import BatchedCalls
 from basefs.concurrency.threads import BlockingCalls
 from basefs.config.store_options import RbdSettings
 from basefs.core.store_location import rbd_location
@@ -39,6 +40,8 @@ WINDOW_BYTES = 4 * 1024 * 1024
 """Read ahead of what is delivered, in one call of `fetch_range`."""
 CLOSE_LIMIT_S = 3.0
 _CONNECT_SLACK_S = 2.0
+_SMALL_TRIPS_MAX = 2
+"""More than one, for a delivery may wait until the cache has room; more would find fewer calls to take along."""
 _ANSWER_BYTES_MAX = 4096
 _OTHER_CLUSTER = "the location is in another Ceph cluster than [rbd] ceph_conf"
 
@@ -91,7 +94,9 @@ class RbdObject:
                 span = next(spans, None)
             batch = await self._next_batch(ahead, what)
             ahead_bytes -= sum(len(data) for _offset, data in batch)
-            if not await self._store.delivering.run(_deliver_all, batch, deliver):
+            # A lone piece is a small read: those that wait now go to a thread together.
+            door = self._store.small_deliveries if len(batch) == 1 and not ahead else self._store.deliveries
+            if not await door.run(_deliver_all, batch, deliver):
                 return
 
     def _begin(self, what: str, offset: int, length: int) -> _Piece:
@@ -165,8 +170,9 @@ class RbdStore:
         """`threads_max`: calls of `fetch_range` that deliver at a time. `library`: None, what this machine has."""
         self.requests = 0
         self.received_bytes = 0
-        self.delivering = BlockingCalls("rbd", threads_max=threads_max)
-        """For the objects."""
+        self.deliveries = BlockingCalls("rbd", threads_max=threads_max)
+        self.small_deliveries = BatchedCalls("rbd-small", trips_max=_SMALL_TRIPS_MAX)
+        """Both for the objects."""
         self._settings = settings
         self._library = library or load_library()
         self.missing = None if self._library else MISSING_LIBRARY
