@@ -4,7 +4,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup peers demo test ceph-test check bench bench-peers bench-stores soak fuzz guest clean
+.PHONY: setup peers demo test ceph-test check bench bench-peers bench-fleet bench-stores soak fuzz guest clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -48,6 +48,10 @@ bench-peers: peers guest
 bench-stores: setup guest
 	@tools/setup ceph
 	@$(PYTHON) -m tools.bench stores
+
+# 1, 4 and 20 nodes that boot one image at once, over Glance and over the cache tier; as root.
+bench-fleet: setup guest
+	@$(PYTHON) -m tools.bench.fleet $(BENCH_ARGS)
 
 bench-%: setup
 	@$(PYTHON) -m tools.bench $*

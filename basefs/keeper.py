@@ -91,6 +91,8 @@ class Keeper:
                     lock,
                     lower_fd=lower_fd,
                     oom_score=oom_score,
+                    places=self._store.places,
+                    keep_place=self._store.keep_place,
                     ready=self._on_ready,
                 )
                 self._to_store = {"lower": lower_fd, "lock": lock.fd}
@@ -137,6 +139,7 @@ class Keeper:
                 self._wait()
                 crew.on_time()
         except MountError:
+            crew.readers.end()
             crew.servers.end_all(grace_s=0.0)
             if is_adopted:
                 raise
@@ -163,7 +166,7 @@ class Keeper:
             MountError: The first server failed, or a signal asked to stop before anything was served.
         """
         crew, requests = self._crew, self._requests
-        fds = crew.servers.fds() + (requests.fds() if requests is not None else [])
+        fds = crew.servers.fds() + crew.readers.fds() + (requests.fds() if requests is not None else [])
         woken = self._wakeups.wait(fds, self._limit_s())
         if woken.signals:
             self._on_signals(woken.signals)
@@ -171,6 +174,7 @@ class Keeper:
             self._on_mounts_changed()
         for happening in crew.servers.handle(woken.ready):
             crew.on(happening)
+        crew.readers.handle(woken.ready)
         if requests is not None:
             for request in requests.handle(woken.ready):
                 self._on_request(request)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from basefs.keeper_handover import Handover, Reason
@@ -33,6 +34,8 @@ class ActiveServer:
         self.server: ServerProcess | None = None
         self.reason: Reason = "first"
         """Why it is, or the next one will be, the one."""
+        self.reader_places: Callable[[], int] = int
+        """How many readers may take requests beside it."""
 
     @property
     def is_ready(self) -> bool:
@@ -60,6 +63,7 @@ class ActiveServer:
         restarts = self._restarts
         self._handover.may_resend = restarts.may_resend
         begin = {"restarts": restarts.deaths, "reason": self.reason, "last_death": restarts.last_death}
+        begin["reader_places"] = self.reader_places()
         self._handover.begin(self.server, begin, limit_s=limit_s)
 
     def serves(self, now_s: float, *, watchdog_s: float) -> None:

@@ -18,17 +18,20 @@ from basefs.errors import MountError
 from basefs.keeper_active import ActiveServer, Lock
 from basefs.keeper_handover import Handover, Reason
 from basefs.keeper_held import HeldFds
+from basefs.keeper_reader_process import Place
+from basefs.keeper_readers import Readers
 from basefs.keeper_restarts import STEADY_S, Restarts, StartFailures
 from basefs.keeper_servers import Happening, ServerFailedError, Servers
 from basefs.keeper_spec import KeeperSpec
 from basefs.keeper_standby import Standby
-from basefs.keeper_upgrade import Answer, Upgrade
+from basefs.keeper_upgrade import Answer, Upgrade, options_of
 from basefs.kernel_session import KernelSession
 from basefs.server_process import END_LIMIT_S, ServerProcess
 from basefs.service_manager import tell_systemd
 
 log = logging.getLogger("basefs.keeper")
 
+READERS_OPTION = "readers"
 CONFIG_KEY = "config"
 """Under which a server that serves gives us the text of its configuration."""
 STANDBY_NICE = 10
@@ -50,6 +53,8 @@ class Crew:
         *,
         lower_fd: int,
         oom_score: int,
+        places: dict[int, Place],
+        keep_place: Callable[[int, Place], bool],
         ready: Callable[[ServerProcess, bool], None],
     ) -> None:
         self._spec = spec
@@ -58,11 +63,15 @@ class Crew:
         self._ready = ready
         handover = Handover(session, held)
         self.servers = Servers(spec, handover, lower_fd=lower_fd, lock_fd=lock.fd, oom_score=oom_score)
+        self.readers = Readers(session, places, lock_fd=lock.fd, oom_score=oom_score, keep=keep_place)
+        handover.before_resend = self._before_resend
+        handover.switched = self._switched
         self.is_serving = False
         """Whether a server ever served: from then on none of their failures is the mount's end."""
         self._restarts = Restarts()
         self._failures = StartFailures()
         self._active = ActiveServer(handover, self._restarts, lock)
+        self._active.reader_places = self.readers.__len__
         self._standby = Standby(lambda: self._start_server(limit_s=spec.start_deadline_s, is_standby=True))
         self._upgrade: Upgrade | None = None
         self._next_active_s: float | None = None
@@ -147,6 +156,8 @@ class Crew:
         self._active.serves(now_s, watchdog_s=self.option("watchdog_s", self._spec.watchdog_s))
         self._standby.serves(now_s)
         self._ready(server, is_first)
+        watchdog_s = self.option("watchdog_s", self._spec.watchdog_s)
+        self.readers.serves(int(self.option(READERS_OPTION, 0)), watchdog_s=watchdog_s, now_s=now_s)
         if self._upgrade is None:
             return
         if self._upgrade.stage == "loading":
@@ -154,6 +165,7 @@ class Crew:
             return
         if server is self._upgrade.candidate:
             self._upgrade.succeeded(server)
+            self.readers.renew(now_s)
             self._standby.keep_until(now_s + STEADY_S)
         else:
             self._upgrade.failed(self._upgrade.failure, server)
@@ -161,6 +173,7 @@ class Crew:
 
     def _active_ended(self, server: ServerProcess) -> None:
         self._active.ended()
+        self.readers.cut()
         if not self.is_serving:
             raise MountError(server.failure)
         self._session.check()
@@ -250,6 +263,7 @@ class Crew:
             self._active.due_s,
             self._restarts.resend_due_s,
             self.servers.due_s(),
+            self.readers.due_s(),
         )
         return min((time_s for time_s in times if time_s is not None), default=None)
 
@@ -259,6 +273,7 @@ class Crew:
         if _has_come(self._next_active_s, now_s):
             self.start(self._active.reason)
         self._standby.on_time(now_s)
+        self.readers.on_time(now_s)
         if _has_come(self._active.due_s, now_s):
             self._active.watch(now_s)
         if _has_come(self._restarts.resend_due_s, now_s):
@@ -284,6 +299,7 @@ class Crew:
         for server in (self._standby.server, candidate):
             if server is not None:
                 server.kill("it is not needed any more")
+        self.readers.end()
         self.servers.end_all(grace_s=DETACH_LIMIT_S if detaches else END_LIMIT_S)
 
     def option(self, name: str, otherwise: float) -> float:
@@ -307,7 +323,17 @@ class Crew:
             "resend": self._restarts.may_resend,
             "held_fds": len(self._held),
             "config_error": self._failures.config_error,
+            **self.readers.status(),
         }
+
+    def _before_resend(self, server: ServerProcess) -> None:
+        self.readers.cut()
+        if READERS_OPTION not in options_of(server):
+            self.readers.give_up()
+
+    def _switched(self, server: ServerProcess) -> None:
+        if READERS_OPTION in options_of(server):
+            self.readers.connect(server)
 
     def _state(self) -> str:
         if not self.is_serving:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 from basefs.keeper_held import HeldFds
@@ -22,6 +23,9 @@ class Handover:
         self._held = held
         self.may_resend = True
         """Whether the next server to switch gets what dead ones had taken and not answered."""
+        self.before_resend: Callable[[ServerProcess], None] = _nothing
+        self.switched: Callable[[ServerProcess], None] = _nothing
+        """Called before dead servers' requests are handed out again, and when the server may speak to the kernel."""
 
     def begin(self, server: ServerProcess, begin: dict[str, Any], *, limit_s: float) -> None:
         """Have a loaded server take over; it comes to `ready` within `limit_s` or is killed."""
@@ -73,10 +77,13 @@ class Handover:
             raise ConnectionResetError
         if not self._session.is_answered:
             self._session.answer_init(answer)
-        elif self.may_resend:
-            self._session.resend()
+        else:
+            self.before_resend(server)
+            if self.may_resend:
+                self._session.resend()
         server.send({"type": "switch"})
         server.expect("switching", "ready")
+        self.switched(server)
 
     def _keep(self, message: dict[str, Any], fds: list[int]) -> None:
         key = str(message.get("key"))
@@ -93,3 +100,7 @@ class Handover:
         with contextlib.suppress(OSError):  # It is gone, which its pidfd tells.
             server.session.send(session.init_request)
         server.expect("answering", "the answer to FUSE_INIT")
+
+
+def _nothing(*_: object) -> None:
+    """Nobody wants to know."""

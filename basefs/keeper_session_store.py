@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from basefs.keeper_fd_store import CHANNEL, PREFIX, FdStore, HeldNotes, remove_stored
 from basefs.keeper_held import HeldFds
+from basefs.keeper_reader_process import Place
 from basefs.keeper_saved_session import SavedSession
 from basefs.kernel_session import KernelSession
 from basefs.service_manager import close_all, inherited_fds
@@ -23,6 +24,8 @@ log = logging.getLogger("basefs.keeper")
 MESSAGE_BYTES_MAX = 64 * 1024
 FDS_MAX = 4
 PARTS = ("session", "notes", "lock", "lower", "fuse")
+PLACE = ("p", "s")
+"""A reader's clone of /dev/fuse, and its slots: `p<n>`, `s<n>`."""
 Group = dict[str, int]
 """Inherited fds of one token, by what they are."""
 
@@ -48,6 +51,8 @@ class SessionStore:
         self.held = HeldFds(keep=self._notes if "NOTIFY_SOCKET" in os.environ else None)
         self.is_stored = notes_fd is not None
         self._channels: list[int] = []
+        self.places: dict[int, Place] = {}
+        """Those of the readers of an earlier keeper."""
 
     def save(self, session: KernelSession, fds: Group, *, cache_dir: str, fixed: dict[str, Any]) -> None:
         """Store what the next keeper needs, `fds` being `lower` and `lock`. What was adopted is stored already."""
@@ -69,12 +74,28 @@ class SessionStore:
         if not self.is_stored and "NOTIFY_SOCKET" in os.environ:
             log.warning("the service manager does not keep our fds: the mount would not outlive this process")
 
+    def keep_place(self, number: int, place: Place) -> bool:
+        """Store a reader's place; False where the session would outlive us and the place would not."""
+        self.places[number] = place
+        stored = [self._store.put(f"{what}{number}", fd) for what, fd in zip(PLACE, place, strict=True)]
+        return all(stored) or not self.is_stored
+
+    def restore_places(self, fds: Group) -> None:
+        """Take over the places of an earlier keeper's readers; one that is not whole has no reader to follow."""
+        for number in {int(what[1:]) for what in fds}:
+            pair = [fds.get(f"{what}{number}") for what in PLACE]
+            if None not in pair:
+                self.places[number] = Place(*(fd for fd in pair if fd is not None))
+
     def clear(self) -> None:
         """The session is over: nothing of it stays."""
         self.held.close()
         self._notes.forget_channel()
         for what in PARTS:
             self._store.remove(what)
+        for number in self.places:
+            for what in PLACE:
+                self._store.remove(f"{what}{number}")
         self.is_stored = False
 
     def restore_channels(self, fds: Group) -> None:
@@ -130,12 +151,17 @@ def adopt_session() -> tuple[SessionStore, Adopted | None]:
         os.close(group["session"])
         store.restore_held({what: fd for what, fd in group.items() if what.isdecimal()})
         store.restore_channels({what: fd for what, fd in group.items() if _is_channel(what)})
+        store.restore_places({what: fd for what, fd in group.items() if _is_place(what)})
         return store, adopted
     return SessionStore(), None
 
 
 def _is_channel(what: str) -> bool:
     return what.startswith(CHANNEL) and what.removeprefix(CHANNEL).isdecimal()
+
+
+def _is_place(what: str) -> bool:
+    return what.startswith(PLACE) and what[1:].isdecimal()
 
 
 def _messages(channel: socket.socket) -> Iterator[tuple[dict[str, Any], list[int]]]:

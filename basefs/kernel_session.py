@@ -88,6 +88,11 @@ class KernelSession:
             elif exc.errno != errno.EINVAL and not self.has_ended():
                 raise
 
+    @property
+    def can_resend(self) -> bool:
+        """Whether the kernel says that it can, in FUSE_INIT (Linux >= 6.9)."""
+        return mounts.has_resend(self.init_request)
+
     def has_ended(self) -> bool:
         """Whether the session is over: unmounted everywhere and every file closed, or aborted."""
         poller = select.poll()

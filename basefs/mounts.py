@@ -22,6 +22,8 @@ FUSE_SOURCE = "basefs"
 
 # struct fuse_out_header (16 bytes), then major, minor, max_readahead, flags (include/uapi/linux/fuse.h)
 _INIT_FLAGS_AT = 28
+_INIT_IN_FLAGS2_AT = 40 + 16
+_FUSE_HAS_RESEND = 1 << 39
 _FUSE_AUTO_INVAL_DATA = 1 << 12
 _FUSE_PARALLEL_DIROPS = 1 << 18
 FUSE_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
@@ -128,6 +130,14 @@ def tuned_init_answer(answer: bytes) -> bytes:
     changed = bytearray(answer)
     struct.pack_into("<I", changed, _INIT_FLAGS_AT, flags & ~_FUSE_AUTO_INVAL_DATA | _FUSE_PARALLEL_DIROPS)
     return bytes(changed)
+
+
+def has_resend(init_request: bytes) -> bool:
+    """Whether the kernel that sent this FUSE_INIT knows FUSE_NOTIFY_RESEND."""
+    if len(init_request) < _INIT_IN_FLAGS2_AT + 4:
+        return False
+    (flags2,) = struct.unpack_from("<I", init_request, _INIT_IN_FLAGS2_AT)
+    return bool(flags2 & _FUSE_HAS_RESEND >> 32)
 
 
 def mount_fuse(fuse_fd: int, mountpoint: str, *, root_mode: int = 0o40000) -> None:

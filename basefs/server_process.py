@@ -42,7 +42,7 @@ class ServerProcess:
         theirs = {"session_fd": their_session.fileno(), "keeper_fd": their_control.fileno(), **fds}
         with their_control, their_session:
             try:
-                self.pid = _spawn([*command, json.dumps({**arguments, **theirs})], list(theirs.values()))
+                self.pid = spawn([*command, json.dumps({**arguments, **theirs})], list(theirs.values()))
             except OSError:
                 self.control.close()
                 self.session.close()
@@ -169,8 +169,13 @@ def may_raise_priority() -> bool:
     return True
 
 
-def _spawn(argv: list[str], inherited: list[int]) -> int:
-    environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+def spawn(argv: list[str], inherited: list[int], variables: dict[str, str] | None = None) -> int:
+    """Start a program with these fds of ours under their own numbers, and these variables beside ours; its pid.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"} | (variables or {})
     # posix_spawn shares our memory until exec, so nothing is copied; we have one thread, so nobody else can
     # inherit what is inheritable for a moment.
     for fd in inherited:

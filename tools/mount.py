@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -31,13 +32,20 @@ class BasefsMount:
     """`basefs mount --background` over `<directory>/instances/_base`, and the way back.
 
     `options` are further `[basefs]` lines; a key "SECTION.name" goes into that section, and a value of None takes a
-    default of ours away. `basefs` is used as an operator would: by its command line and its files.
+    default of ours away. `prefix` is what commands begin with (to run in a network namespace). `basefs` is used as an
+    operator would: by its command line and its files.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], glance_conf: str, options: Mapping[str, object] | None = None
+        self,
+        directory: str | os.PathLike[str],
+        glance_conf: str,
+        options: Mapping[str, object] | None = None,
+        *,
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self.directory = Path(directory)
+        self._prefix = prefix
         self.instances_path = self.directory / "instances"
         self.mountpoint = self.instances_path / "_base"
         self.cache_dir = self.directory / "cache"
@@ -102,10 +110,15 @@ class BasefsMount:
 
     def unmount(self) -> None:
         """`basefs unmount`, and every process of ours is gone when it returns; MountError otherwise."""
-        done = self.cli("unmount", check=False, timeout_s=MOUNT_TIMEOUT_S)
-        if done.returncode or self.is_mounted:
-            raise MountError(f"basefs unmount exited with {done.returncode}: {done.stderr or done.stdout}")
-        left = self._wait_for_processes()
+        with contextlib.ExitStack() as stack:
+            ending = self._pidfds(stack)
+            done = self.cli("unmount", check=False, timeout_s=MOUNT_TIMEOUT_S)
+            if done.returncode or self.is_mounted:
+                raise MountError(f"basefs unmount exited with {done.returncode}: {done.stderr or done.stdout}")
+            left = self._wait_for_processes()
+            # One that is ending has no environment any more, by which we find it, before its files are closed.
+            for fd in ending if not left else ():
+                select.select([fd], [], [], END_S)
         if left:
             raise MountError(f"left running after basefs unmount: {left}")
 
@@ -136,6 +149,15 @@ class BasefsMount:
         """Processes that belong to this mount: started by it, and still running."""
         return pids_with_environment(self.run_id)
 
+    def _pidfds(self, stack: contextlib.ExitStack) -> list[int]:
+        """One of each process that runs now, closed with `stack`."""
+        fds = []
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                fds.append(os.pidfd_open(pid))
+                stack.callback(os.close, fds[-1])
+        return fds
+
     def _wait_for_processes(self) -> list[int]:
         deadline = time.monotonic() + END_S
         while (left := self.pids()) and time.monotonic() < deadline:
@@ -145,7 +167,7 @@ class BasefsMount:
     def cli(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
         """Run `basefs ARGUMENTS --config-file …` and return what it wrote; CalledProcessError when it fails."""
         done = subprocess.run(
-            [str(BASEFS), *arguments, "--config-file", str(self.conf_path)],
+            [*self._prefix, str(BASEFS), *arguments, "--config-file", str(self.conf_path)],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

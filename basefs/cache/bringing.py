@@ -9,7 +9,7 @@ from basefs.cache.fetch_services import FetchServices
 from basefs.cache.ledger import ChunkLedger
 from basefs.cache.transfers import ImageTransfers
 from basefs.catalog.records import ImageEntry
-from basefs.core.request_size import BYTES_MIN
+from basefs.core.request_size import BYTES_FIRST
 
 CACHE_SHARE = 32
 """One request is for so small a part of the cache at most: room for all of it is promised before it begins."""
@@ -36,7 +36,7 @@ class ImageBringing:
         """See `ImageFetcher.fetch_background`."""
         if self._deliveries.is_streamed:
             return await self._bring_stream()
-        bytes_max = min(bytes_max, max(BYTES_MIN, self._services.space.capacity // CACHE_SHARE))
+        bytes_max = min(bytes_max, max(BYTES_FIRST, self._services.space.capacity // CACHE_SHARE))
         fetched = await self._transfers.background(max(1, bytes_max // self._ledger.chunk_bytes))
         if not fetched:
             await self._wait_for_others()

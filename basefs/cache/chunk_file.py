@@ -7,14 +7,18 @@ Invariants:
 - `ready`, one byte a chunk (NOT_READY: not to be served; READY; READY_MARKED: serve, but tell the planner first;
   READY_AGED: serve, but note the use first), is in memory and begins as zeros. A chunk becomes ready only by
   `mark_ready`, after it was written or verified in the life of this server.
+- Once the image is shared with readers `ready` is a memfd, and what is not ready any more is told by the generation
+  in the table as well, before its bytes change: a reader that looks at both around its read has the bytes of one time.
 - Nothing of the cache disk is mapped: a mapped page that the disk cannot give or take (EIO, read-only) is a
   SIGBUS that ends the server, and one that it does not give (a disk that hangs) stops the loop.
 
 Methods that say "thread" block on the disk and are called through `BlockingCalls`; the others touch memory only.
 """
 
+import mmap
 import os
 import struct
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +26,7 @@ from pathlib import Path
 from basefs import errors
 from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_buffer, hit_targets
 from basefs.cache.holes import punch_hole
+from basefs.cache.reader_table import Entry, ReaderTable, Share
 from basefs.core.byte_ranges import runs
 from basefs.core.chunk_map import PAGE, SUM_BYTES, SUMS_OFFSET, ChunkMapHeader, checksum, parse_header
 
@@ -62,7 +67,9 @@ class ChunkFile:
         self._shift = header.chunk_bytes.bit_length() - 1
         self.seed = header.seed()
         self._ready = memoryview(bytearray(header.chunks))
+        self._share: tuple[Share, Entry] | None = None
         self._zeros = bytes(header.chunk_bytes)
+        self._writing = threading.Lock()  # the kernel lets one write at a time, and the others spin for their turn
 
     def hit(self, offset: int, size: int) -> memoryview | bytes | None:
         """The bytes of `[offset, offset + size)` up to the end of the image, if they can be had at once.
@@ -119,14 +126,56 @@ class ChunkFile:
     def mark_not_ready(self, index: int) -> None:
         """Stop serving chunk `index`."""
         self._ready[index] = NOT_READY
+        if self._share is not None:
+            self._share[1].lost()
 
     def mark_none_ready(self) -> None:
         """Stop serving every chunk."""
         self._ready[:] = bytes(len(self._ready))
+        if self._share is not None:
+            self._share[1].lost()
 
     def age_all(self) -> None:
         """Have the next touch of each chunk take the slow path once, which notes it as recently used."""
         self._ready[:] = bytes(self._ready).translate(_AGED)
+
+    def share(self, number: int, table: ReaderTable, *, cluster_bits: int = 0, shown_bytes: int = 0) -> Share | None:
+        """What readers serve the image with, until `close`; None when the table is full.
+
+        From the first call on `ready` is in memory that they see. With `cluster_bits` they are shown a disk of
+        `shown_bytes`, by a cluster map that begins as UNKNOWN.
+        """
+        if self._share is None and (entry := table.list(number)) is not None:
+            ready_fd, shared = _shared_memory("basefs-ready", self.header.chunks)
+            shared[:] = self._ready
+            self._ready = shared
+            map_fd, cluster_map = -1, None
+            if cluster_bits:
+                words = -(-shown_bytes >> cluster_bits)
+                map_fd, memory = _shared_memory("basefs-clusters", 8 * words)
+                cluster_map = memory.cast("Q")
+            share = Share(
+                number=number,
+                entry=entry.word,
+                serial=entry.serial,
+                size=shown_bytes if cluster_bits else self.size,
+                chunk_shift=self._shift,
+                data_fd=self.data_fd,
+                ready_fd=ready_fd,
+                cluster_bits=cluster_bits,
+                map_fd=map_fd,
+                cluster_map=cluster_map,
+            )
+            self._share = share, entry
+        return None if self._share is None else self._share[0]
+
+    def forget_clusters(self) -> None:
+        """What the cluster map says may be wrong: readers know of no cluster."""
+        if self._share is not None:
+            share, entry = self._share
+            if share.cluster_map is not None:
+                share.cluster_map[:] = memoryview(bytes(8 * len(share.cluster_map))).cast("Q")
+            entry.lost()
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `[offset, offset + length)` from the disk (thread).
@@ -207,7 +256,8 @@ class ChunkFile:
                 for at, chunk in enumerate(chunks):
                     self._write_chunk(offset + at * chunk_bytes, chunk)
             else:
-                _write_all(self.data_fd, view, offset)
+                with self._writing:
+                    _write_all(self.data_fd, view, offset)
             packed = struct.pack(f"<{len(sums)}Q", *sums)
             _write_all(self._map_fd, memoryview(packed), SUMS_OFFSET + SUM_BYTES * (offset // chunk_bytes))
         except OSError as exc:
@@ -262,10 +312,23 @@ class ChunkFile:
 
     def close(self) -> None:
         """Give the fds back. Nobody may use the object afterwards, but for `hit`, which then has nothing."""
+        fds = [self.data_fd, self._map_fd]
+        if self._share is not None:
+            share, entry = self._share
+            self._share = None
+            entry.revoke()
+            fds += [fd for fd in (share.ready_fd, share.map_fd) if fd >= 0]
         self._ready.release()
-        for fd in (self.data_fd, self._map_fd):
+        for fd in fds:
             with suppress(OSError):  # what a bad disk has to say; the fd is gone all the same
                 os.close(fd)
+
+
+def _shared_memory(name: str, size: int) -> tuple[int, memoryview]:
+    """The fd of a memfd of zeros, and its memory."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    return fd, memoryview(mmap.mmap(fd, size))
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:

@@ -12,8 +12,9 @@ from basefs import errors
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.ledger import ChunkLedger
+from basefs.cache.link_meter import TransferTiming
 from basefs.cache.outage import RetryGate
-from basefs.cache.receiver import Receiver, Store
+from basefs.cache.receiver import Claims, Receiver, Store
 from basefs.cache.space import Room
 from basefs.cache.waiters import WaiterBoard
 from basefs.catalog.records import ImageEntry
@@ -63,7 +64,13 @@ class Deliveries:
         self._services.changed(self._entry)
 
     def new_receiver(
-        self, room: Room, *, present: bytes = b"", not_stored: Callable[[int], Awaitable[bool]] | None = None
+        self,
+        room: Room,
+        *,
+        timing: TransferTiming | None = None,
+        claims: Claims | None = None,
+        present: bytes = b"",
+        not_stored: Callable[[int], Awaitable[bool]] | None = None,
     ) -> Receiver:
         """A receiver for one transfer that draws from `room`; `end_receiver` must follow. The rest: see `Receiver`."""
         file = self._ledger.file
@@ -73,7 +80,14 @@ class Deliveries:
             store = Store(file=file, inode=inode, space=self._services.space, room=room)
         token = trio.lowlevel.current_trio_token()
         receiver = Receiver(
-            store, self._ledger.chunk_bytes, self._arrived, token, present=present, not_stored=not_stored
+            store,
+            self._ledger.chunk_bytes,
+            self._arrived,
+            token,
+            timing=timing,
+            claims=claims,
+            present=present,
+            not_stored=not_stored,
         )
         self._flights.add(receiver)
         return receiver

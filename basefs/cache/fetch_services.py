@@ -8,7 +8,9 @@ import trio
 
 from basefs.cache.disk_health import DiskHealth
 from basefs.cache.evictor import Evictor
+from basefs.cache.link_meter import LinkMeter
 from basefs.cache.pace import Pace
+from basefs.cache.reader_table import ReaderTable
 from basefs.cache.space import CacheSpace
 from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
@@ -17,6 +19,7 @@ from basefs.catalog.records import ImageEntry
 from basefs.concurrency.outage import Outage
 from basefs.concurrency.priority_slots import PrioritySlots
 from basefs.concurrency.threads import BlockingCalls
+from basefs.core.hedging import Hedges
 from basefs.sources.base import ImageSource
 
 
@@ -60,8 +63,12 @@ class FetchServices:
     """When an image can be read without Glance, see `SourceChoice.good_at`."""
     blame: Callable[[ImageEntry], None] = lambda _entry: None
     """The image's bytes have not the hash that Glance tells: have them come from elsewhere from here."""
+    reader_table: ReaderTable | None = None
+    """What readers look at before they serve an image; None where there are none."""
     outage: Outage = field(default_factory=Outage)
     readers: WaitingReaders = field(default_factory=WaitingReaders)
     pace: Pace = field(default_factory=Pace)
+    link: LinkMeter = field(default_factory=LinkMeter)
+    hedges: Hedges = field(default_factory=Hedges)
     hashes: BlockingCalls = field(default_factory=lambda: BlockingCalls("hashes", threads_max=1))
     """One at a time: hashing takes all of a core, which the guests may want."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import trio
 
 from basefs.cache.receiver import Receiver
+from basefs.concurrency.guarded import guarded
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +84,8 @@ class Flights:
     async def _fly(self, scope: trio.CancelScope, flight: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Ends with its flight; cancelled by `stop` and with the service. A bug in a flight must not end the mount."""
         try:
-            with scope:
+            with guarded(log, "image %s: bug in a transfer", self._image_id), scope:
                 await flight(*arguments)
-        except Exception:
-            log.exception("image %s: bug in a transfer", self._image_id)
         finally:
             self._scopes.discard(scope)
             self._end()

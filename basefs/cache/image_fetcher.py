@@ -18,10 +18,12 @@ from basefs.cache.chunk_file import ChunkFile
 from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
+from basefs.cache.hit_buffer import in_whole_pages
 from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.image_map import ImageCells, cells_of
 from basefs.cache.image_trace import ImageTrace
 from basefs.cache.ledger import STORED, ChunkLedger
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.cache.transfers import ImageTransfers
 from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiters import WaiterBoard
@@ -82,6 +84,18 @@ class ImageFetcher:
     def has_file(self) -> bool:
         """Whether there is a chunk file; without one nothing is stored."""
         return self._ledger.file is not None
+
+    def share(self, table: ReaderTable, *, cluster_bits: int = 0, shown_bytes: int = 0) -> Share | None:
+        """See `ChunkFile.share`; None while there is no chunk file."""
+        file = self._ledger.file
+        if file is None:
+            return None
+        return file.share(self.entry.number, table, cluster_bits=cluster_bits, shown_bytes=shown_bytes)
+
+    def forget_clusters(self) -> None:
+        """See `ChunkFile.forget_clusters`."""
+        if self._ledger.file is not None:
+            self._ledger.file.forget_clusters()
 
     def adopt(self, file: ChunkFile, states: bytearray) -> None:
         """Use the chunk file that could not be opened before. Its chunks are as large as those here."""
@@ -146,8 +160,10 @@ class ImageFetcher:
         """Whether a transfer is under way or a reader is inside."""
         return self._flights.under_way > 0 or self._readers > 0 or self.whole.is_refetching
 
-    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
+    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes | memoryview:
         """Exactly `[offset, offset + length)`; 0 <= offset, 0 < length, offset + length <= size.
+
+        Valid until the next await: who keeps it copies it.
 
         Waits up to `deadline_s`, through outages and retries; `patient` readers (guests) also wait through
         a refusal (401, 403), which an operator may lift; others get it at once.
@@ -200,7 +216,7 @@ class ImageFetcher:
 
     async def _read(
         self, span: range, offset: int, length: int, patient: bool, last_error: list[errors.BasefsError]
-    ) -> bytes:
+    ) -> bytes | memoryview:
         """As `read`, without the deadline; `last_error` gets the failures that were waited through."""
         memory: dict[int, bytes | memoryview] = {}
         seals = self.whole.seals
@@ -243,7 +259,8 @@ class ImageFetcher:
             memory |= await self._verifier.verify(span)
             if self.whole.is_sealed or not memory.keys() >= set(self._ledger.absent(span)):
                 return None
-            return await self._assemble(span, 0, length, memory)
+            start = await self._assemble(span, 0, length, memory)
+            return None if start is None else bytes(start)
 
     def _unstored(self, absent: list[int]) -> dict[int, bytes]:
         """Those of `absent` that are kept in memory, as long as nothing can be stored."""
@@ -256,33 +273,37 @@ class ImageFetcher:
 
     async def _assemble(
         self, span: range, offset: int, length: int, memory: dict[int, bytes | memoryview]
-    ) -> bytes | None:
-        """The bytes, all of which are here; None when the cache disk failed and the reader has to look again."""
+    ) -> bytes | memoryview | None:
+        """The bytes, all of which are here; None when the cache disk failed and the reader has to look again.
+
+        As `_read_file`, nothing is awaited once the bytes are in the buffer of the hits.
+        """
         if not memory:
             return await self._read_file(offset, length, span)
         parts = []
         for index in span:
             start = index * self.chunk_bytes
             begin, end = max(offset, start), min(offset + length, start + self.chunk_bytes)
-            part: bytes | memoryview | None
+            part: bytes | memoryview
             if index in memory:
                 part = memory[index][begin - start : end - start]
             else:
-                part = await self._read_file(begin, end - begin, range(index, index + 1))
-            if part is None:
-                return None
+                found = await self._read_file(begin, end - begin, range(index, index + 1))
+                if found is None:
+                    return None
+                part = bytes(found)  # the next one comes into the same buffer
             parts.append(part)
-        return b"".join(parts)
+        return in_whole_pages(b"".join(parts))
 
-    async def _read_file(self, offset: int, length: int, span: range) -> bytes | None:
-        """The bytes of READY chunks; None when the cache disk failed: they are absent then."""
+    async def _read_file(self, offset: int, length: int, span: range) -> bytes | memoryview | None:
+        """The bytes of READY chunks, until the next await; None when the cache disk failed: they are absent then."""
         hit = self.hit(offset, length)
         if hit is not None:
-            return bytes(hit)
+            return hit
         file = self._ledger.file
         if file is not None:
             try:
-                return await self._services.disk.run(file.read, offset, length)
+                return in_whole_pages(await self._services.disk.run(file.read, offset, length))
             except errors.CacheError as exc:
                 self._services.health.failed(exc)
         for index in span:

@@ -5,7 +5,8 @@ Recording: from the first open of an image that is cold the first touch of each 
 with the last close, after RECORD_S, or when it is full. A guest's reads count alone where there are any. An image that
 is cached is not watched: each chunk's first hit would be a slow one.
 
-Replay: the requests of the trace are made in order, by WORKERS flights, between demand and background. What a reader
+Replay: the requests of the trace are made in order, so many at a time as the link needs, between demand and background.
+What a reader
 misses meanwhile is the whole request of the plan that has it (`ImageTransfers.demand`). Owned by the trio loop.
 """
 
@@ -22,15 +23,13 @@ from basefs.cache.ledger import ChunkLedger
 from basefs.cache.trace_store import traced_image
 from basefs.cache.transfers import ImageTransfers
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 from basefs.core.boot_trace import UNIT_BYTES, BootTrace, TraceRecording
 from basefs.core.byte_ranges import chunk_span
 from basefs.core.trace_plan import TracePlan, requests_for
 
 log = logging.getLogger(__name__)
 
-WORKERS = 6
-"""Requests in flight of a replay. Three take 1.2 x as long over 10 ms round trip (model in `core/trace_plan`), eight
-gain 2 %, and a slot is left to demand anyway."""
 RECORD_S = 180.0
 """A boot is over by then; what is read later is the guest's work, which is another each time."""
 COLD_BYTES_MAX = 4 << 20
@@ -55,7 +54,7 @@ class _Recording:
 
 
 class ImageTrace:
-    """One prepared image. `opened` and `closed` are called for its first and its last handle."""
+    """One prepared image. `opened` (and `replay`) and `closed` are called for its first and its last handle."""
 
     def __init__(
         self,
@@ -78,22 +77,23 @@ class ImageTrace:
         self._replaying: trio.Event | None = None  # of the one that goes on; others end with what they have under way
 
     def opened(self) -> None:
-        """Somebody has the image open now: record what is read of a cold one, and replay what earlier ones read."""
-        if not self._deliveries.is_streamed and not self._ledger.is_sealed and not self._is_complete:
-            if self._ledger.cached_bytes <= COLD_BYTES_MAX:
-                self._begin_recording()
-            self._begin_replay()
+        """Somebody has the image open now: record what is read of a cold one."""
+        if self._may_help and self._ledger.cached_bytes <= COLD_BYTES_MAX:
+            self._begin_recording()
 
     def closed(self) -> None:
         """Nobody has it open any more: the recording ends, and the replay, unless it was asked for."""
         self._end_recording()
         if not self._is_asked:
-            self._transfers.plan.clear()
-            self._replaying = None
+            self.end_replay()
 
     async def close(self) -> None:
-        """As `closed`; returns when what was recorded is kept."""
-        self.closed()
+        """The recording ends, and what is under way; returns when what was recorded is kept.
+
+        A replay that ends by this is one that the next server goes on with.
+        """
+        self._end_recording()
+        self._stop_replay()
         while self._not_kept:
             await next(iter(self._not_kept)).wait()
 
@@ -142,31 +142,50 @@ class ImageTrace:
     async def _record(self, recording: _Recording, kept: trio.Event) -> None:
         """Ends with the recording, once it is kept; cancelled with the service, which costs what was recorded."""
         try:
-            with trio.move_on_after(RECORD_S):
-                await recording.ended.wait()
-            if self._recording is recording:
-                self._end_recording()
-            trace = recording.units.trace(traced_image(self._entry), by_guest=recording.by_guest)
-            if self._is_worth_it(trace):
-                await self._services.traces.add(self._entry, trace)
-        except Exception:
-            log.exception("image %s: bug in the work for its boot trace", self._entry.image_id)
+            with guarded(log, "image %s: bug in the work for its boot trace", self._entry.image_id):
+                with trio.move_on_after(RECORD_S):
+                    await recording.ended.wait()
+                if self._recording is recording:
+                    self._end_recording()
+                trace = recording.units.trace(traced_image(self._entry), by_guest=recording.by_guest)
+                if self._is_worth_it(trace):
+                    await self._services.traces.add(self._entry, trace)
         finally:
             self._not_kept.discard(kept)
             kept.set()
 
     def _is_worth_it(self, trace: BootTrace) -> bool:
-        """Whether there is something to fetch ahead, and it is no copy: one who reads most of it needs no trace."""
+        """Whether there is something to fetch ahead, and it is no copy: who reads most of an image needs no trace."""
         beyond = sum(1 for unit in trace.units() if unit >= HEADER_UNITS)
-        return beyond >= UNITS_MIN and trace.traced_bytes <= self._ledger.size // 2 and not self._ledger.is_sealed
+        return beyond >= UNITS_MIN and not trace.is_copy and not self._ledger.is_sealed
 
     # --- replay -----------------------------------------------------------------------------------------
 
+    def replay(self) -> None:
+        """Fetch what the trace says ahead of those who have the image open. Returns at once."""
+        if self._may_help and self._replaying is None and self._services.traces.may_have(self._entry):
+            self._replaying = trio.Event()
+            self._note(is_replaying=True)
+            self._flights.start(self._replay, self._replaying)
+
     def replay_asked(self) -> None:
-        """Fetch what the trace says, also while nobody has the image open. Returns at once."""
-        if not self._deliveries.is_streamed and not self._ledger.is_sealed and not self._is_complete:
-            self._begin_replay()
-            self._is_asked = self._replaying is not None
+        """The same, also while nobody has it open."""
+        self.replay()
+        self._is_asked = self._replaying is not None
+
+    def end_replay(self) -> None:
+        """Fetch no more than what is under way."""
+        self._stop_replay()
+        self._note(is_replaying=False)
+
+    def _stop_replay(self) -> None:
+        self._transfers.plan.clear()
+        self._replaying, self._is_asked = None, False
+
+    def _note(self, *, is_replaying: bool) -> None:
+        if self._entry.local.is_replaying != is_replaying:
+            self._entry.local.is_replaying = is_replaying
+            self._services.changed(self._entry)
 
     def missing_bytes(self, units: Iterable[int]) -> int:
         """About how many bytes of these units are not in the chunk file: whole chunks are counted."""
@@ -185,14 +204,11 @@ class ImageTrace:
         while self._replaying is not None:
             await self._replaying.wait()
 
-    def _begin_replay(self) -> None:
-        if self._replaying is None and self._services.traces.may_have(self._entry):
-            self._replaying = trio.Event()
-            self._flights.start(self._replay, self._replaying)
-
     @property
-    def _is_complete(self) -> bool:
-        return self._ledger.cached_bytes == self._ledger.size
+    def _may_help(self) -> bool:
+        """Whether some of the image is to come, by ranges."""
+        is_complete = self._ledger.cached_bytes == self._ledger.size
+        return not (self._deliveries.is_streamed or self._ledger.is_sealed or is_complete)
 
     async def _replay(self, done: trio.Event) -> None:
         """Ends with its plan; cancelled when the image is closed."""
@@ -202,13 +218,21 @@ class ImageTrace:
             if self._replaying is done:  # else it was closed meanwhile
                 plan = self._transfers.plan = TracePlan(requests)
                 async with trio.open_nursery() as nursery:
-                    for _ in range(min(WORKERS, len(requests))):
+                    for _ in range(min(self._in_flight_max, len(requests))):
                         nursery.start_soon(self._fetch, plan)
+            if self._replaying is done:
+                self.end_replay()
         finally:
             plan.clear()
             if self._replaying is done:
                 self._replaying, self._is_asked = None, False
             done.set()
+
+    @property
+    def _in_flight_max(self) -> int:
+        """What the link needs; a quarter of the slots is left to what is not in the trace, and to second requests."""
+        slots = self._services.slots.size
+        return min(self._services.link.parameters.in_flight, slots - max(1, slots // 4))
 
     async def _requests(self) -> list[range]:
         trace = await self._services.traces.read(self._entry)
@@ -216,7 +240,10 @@ class ImageTrace:
             return []
         size, chunk_bytes = self._ledger.size, self._ledger.chunk_bytes
         units = [*range(min(HEAD_UNITS, trace.image.units)), *trace.units()]
-        return await self._services.disk.run(lambda: requests_for(units, size=size, chunk_bytes=chunk_bytes))
+        gap_bytes = self._services.link.parameters.gap_bytes
+        return await self._services.disk.run(
+            lambda: requests_for(units, size=size, chunk_bytes=chunk_bytes, gap_bytes=gap_bytes)
+        )
 
     async def _fetch(self, plan: TracePlan) -> None:
         """Ends with the plan, with its replay."""

@@ -163,12 +163,16 @@ class OverlayWatch:
         return self._users.get(base_name, [])
 
     async def run(self) -> None:
-        """Look every minute, and when `refresh` asks. Ends when it is cancelled."""
+        """Look every minute, and when somebody asks. Ends when it is cancelled."""
         while True:
             self._wanted = trio.Event()
             await self._look()
             with trio.move_on_after(SCAN_EVERY_S):
                 await self._wanted.wait()
+
+    def look_soon(self) -> None:
+        """Look now, or once more after the look under way; `looked` tells."""
+        self._wanted.set()
 
     async def refresh(self) -> None:
         """Return when a look is not older than FRESH_S, or after SCAN_WAIT_S."""

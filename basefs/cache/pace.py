@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import trio
 
-from basefs.core.request_size import BYTES_MIN, RequestSize
+from basefs.core.request_size import BYTES_FIRST, RequestSize
 from basefs.core.token_bucket import TokenBucket
 
 
@@ -34,7 +34,7 @@ class Pace:
         """A quarter of a second's worth, or a slow pace would be long bursts and long pauses; the least, a second's."""
         if self._bucket is None:
             return self.request_size.bytes
-        return min(self.request_size.bytes, max(self._bytes_s // 4, min(BYTES_MIN, self._bytes_s)))
+        return min(self.request_size.bytes, max(self._bytes_s // 4, min(BYTES_FIRST, self._bytes_s)))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Turn]:

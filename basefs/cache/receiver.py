@@ -4,7 +4,6 @@ Runs in the thread and shares nothing with the loop but its constructor's argume
 methods, the accountant, and the `stop` flag (written by the loop, read here; an assignment is atomic).
 """
 
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +12,12 @@ import trio
 
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile
+from basefs.cache.link_meter import TransferTiming
 from basefs.cache.space import CacheSpace, Room
 from basefs.core.byte_ranges import runs
+
+Claims = Callable[[int, int], list[range] | None]
+"""`claims(first, stop)`: those chunks of a piece that are the caller's to store; None: another body brings the rest."""
 
 
 class Arrived(Protocol):
@@ -54,6 +57,7 @@ class Store:
 class Receiver:
     """One transfer's receiver; `take` is the source's `Deliver`. `store` None: hand everything on in memory.
 
+    `timing` is told of each piece; `claims` says which chunks of it are to be stored, where two bodies bring them.
     `not_stored` runs in the loop, while the thread waits, before chunks from the given one on are handed on in
     memory; True: try once more to store them.
     """
@@ -65,6 +69,8 @@ class Receiver:
         arrived: Arrived,
         token: trio.lowlevel.TrioToken,
         *,
+        timing: TransferTiming | None = None,
+        claims: Claims | None = None,
         present: bytes = b"",
         not_stored: Callable[[int], Awaitable[bool]] | None = None,
     ) -> None:
@@ -74,11 +80,9 @@ class Receiver:
         self._token = token
         self._present = present
         self._not_stored = not_stored
+        self._timing = timing
+        self._claims = claims
         self.stop = False
-        self.timed_bytes = 0
-        """What came after the first piece, and within how many seconds: the pace of the body without its latency."""
-        self.timed_s = 0.0
-        self._first_at: float | None = None
         self.is_same = True
         """Whether every chunk in `present` was, by its checksum, what was taken for it."""
 
@@ -91,24 +95,23 @@ class Receiver:
         """
         if self.stop:
             return False
-        self._time(len(piece))
+        if self._timing is not None:
+            self._timing.came(len(piece))
         first = offset // self._chunk_bytes
         stop = first - (-len(piece) // self._chunk_bytes)
-        for absent in runs(index for index in range(first, stop) if not self._is_present(index)):
+        if self._claims is None:
+            absent_runs = list(runs(index for index in range(first, stop) if not self._is_present(index)))
+        elif (claimed := self._claims(first, stop)) is not None:
+            absent_runs = claimed
+        else:
+            return False
+        for absent in absent_runs:
             begin = absent.start * self._chunk_bytes - offset
             self._take(absent.start, piece[begin : begin + len(absent) * self._chunk_bytes])
         for here in runs(index for index in range(first, stop) if self._is_present(index)):
             begin = here.start * self._chunk_bytes - offset
             self._compare(here, piece[begin : begin + len(here) * self._chunk_bytes])
         return not self.stop
-
-    def _time(self, length: int) -> None:
-        now = time.monotonic()
-        if self._first_at is None:
-            self._first_at = now
-        elif now > self._first_at:
-            self.timed_bytes += length
-            self.timed_s = now - self._first_at
 
     def _compare(self, chunks: range, data: memoryview) -> None:
         if self.is_same:

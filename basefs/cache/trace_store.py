@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from basefs import errors
+from basefs.cache.trace_sharing import TraceSharing
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.boot_trace import BootTrace, TracedImage, merged
@@ -41,9 +42,11 @@ def traced_image(entry: ImageEntry) -> TracedImage:
 class TraceStore:
     """All traces of the node. Owned by the trio loop; files are read and written in threads."""
 
-    def __init__(self, directory: Path, disk: BlockingCalls) -> None:
+    def __init__(self, directory: Path, disk: BlockingCalls, sharing: TraceSharing | None = None) -> None:
+        """`sharing`: with other nodes; None: there is none."""
         self._directory = directory
         self._disk = disk
+        self._sharing = sharing
         self._names: set[str] = set()
         self._writing = trio.Lock()
         self._told = ConditionLog(log, clock=trio.current_time)
@@ -57,10 +60,16 @@ class TraceStore:
 
     def may_have(self, entry: ImageEntry) -> bool:
         """False where there is no trace of the image, as far as is known: `load` takes a moment."""
-        return entry.base_name in self._names
+        return entry.base_name in self._names or (self._sharing is not None and entry.record.boot_trace is not None)
 
     async def read(self, entry: ImageEntry) -> BootTrace | None:
-        """The image's trace; None where there is none that is of its bytes."""
+        """The image's trace, or else the one that another node has shared; None where there is none of its bytes."""
+        trace = await self._read_own(entry)
+        if trace is None and self._sharing is not None:
+            trace = self._sharing.shared(entry, traced_image(entry))
+        return trace
+
+    async def _read_own(self, entry: ImageEntry) -> BootTrace | None:
         image, why = traced_image(entry), ""
         try:
             return await self._disk.run(_read, self._path(entry), image)
@@ -90,6 +99,8 @@ class TraceStore:
             except errors.CacheError as exc:
                 log.info("%s", exc)
             else:
+                if self._sharing is not None:
+                    self._sharing.offer(entry, trace)
                 log.info(
                     "image %s: its boot trace has %d bytes of %d boots", entry.image_id, trace.traced_bytes, trace.boots
                 )

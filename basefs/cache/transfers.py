@@ -16,17 +16,14 @@ from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
 from basefs.cache.ledger import ChunkLedger
-from basefs.cache.space import Room
+from basefs.cache.ranged_transfer import RangedTransfers
 from basefs.cache.stream import ImageStream
 from basefs.cache.waiters import WaiterBoard
 from basefs.cache.whole_image import WholeImage
 from basefs.catalog.records import ImageEntry
 from basefs.core.byte_ranges import longest_zero_run
 from basefs.core.readahead import MISSING, ReadaheadPolicy, Window, window_ahead, window_for_miss
-from basefs.core.request_size import RequestSize
 from basefs.core.trace_plan import TracePlan, missing_around, missing_runs
-
-PIECE_BYTES_MAX = 1 << 20
 
 
 class ImageTransfers:
@@ -48,11 +45,18 @@ class ImageTransfers:
         self._flights = flights
         self._deliveries = deliveries
         self._services = services
+        self._ranged = RangedTransfers(entry, ledger, board, deliveries, services)
         self._stream = ImageStream(entry, ledger, board, flights, deliveries, whole, services)
-        self._policy = ReadaheadPolicy.for_chunks(ledger.chunk_bytes, services.request_bytes_max)
         self._hole = range(0)
         self.plan = TracePlan()
         """What is to be fetched ahead of readers; demand for a part of it brings that request as it is planned."""
+
+    @property
+    def _policy(self) -> ReadaheadPolicy:
+        services = self._services
+        return ReadaheadPolicy.for_chunks(
+            self._ledger.chunk_bytes, services.request_bytes_max, services.link.parameters
+        )
 
     @property
     def _has_place(self) -> bool:
@@ -127,16 +131,16 @@ class ImageTransfers:
 
     async def _fetch_run_ahead(self, chunks: range) -> bool:
         """False where no more of the image may be fetched ahead: it cannot be kept, or Glance does not give it."""
-        async with self._services.evictor.room(self._length(chunks), background_for=self._entry.number) as room:
+        async with self._services.evictor.room(self._ranged.length(chunks), background_for=self._entry.number) as room:
             if not (self._has_place and room.left_bytes):
                 return False
             # Making room takes time, and others may have claimed some of it meanwhile.
             for run in missing_runs(self._ledger.states, chunks):
                 self._ledger.claim(Window(run, None))
-                error = await self._transfer(run, room)
+                error = await self._ranged.run(run, room)
                 if error is not None:
                     return isinstance(error, errors.SourceUnavailableError)
-                self._services.counters.replayed_bytes += self._length(run)
+                self._services.counters.replayed_bytes += self._ranged.length(run)
         return True
 
     async def background(self, chunks_max: int) -> int:
@@ -161,10 +165,10 @@ class ImageTransfers:
                     continue
                 self._deliveries.check_storable(room, length)
                 self._ledger.claim(Window(chunks, None))
-                error = await self._transfer(chunks, room, services.pace.request_size)
+                error = await self._ranged.run(chunks, room, learns=services.pace.request_size)
             if error is not None:
                 raise copy.copy(error)
-            return self._length(chunks)
+            return self._ranged.length(chunks)
         return 0
 
     def _from_biggest_hole(self, chunks_max: int) -> range:
@@ -194,8 +198,8 @@ class ImageTransfers:
         try:
             async with self._services.slots.take(background=False):
                 if self._deliveries.gate.is_open:
-                    async with self._services.evictor.room(self._length(chunks)) as room:
-                        await self._transfer(chunks, room)
+                    async with self._services.evictor.room(self._ranged.length(chunks)) as room:
+                        await self._ranged.run(chunks, room, is_demand=True)
                 else:
                     # The gate closed while this waited for a slot: it would only fail, too.
                     self._board.failed(self._ledger.unclaim(chunks), self._deliveries.gate.error)
@@ -208,21 +212,17 @@ class ImageTransfers:
             window = self._window_ahead(marker, length)
             if window is None:
                 return
-            async with self._services.evictor.room(self._length(window.chunks)) as room:
+            async with self._services.evictor.room(self._ranged.length(window.chunks)) as room:
                 # Looked up again, for making room takes time; and what nobody asked for is not fetched to be lost.
                 window = self._window_ahead(marker, length)
                 if window is not None and room.left_bytes:
                     self._ledger.claim(window)
-                    await self._transfer(window.chunks, room)
+                    await self._ranged.run(window.chunks, room)
 
     def _window_ahead(self, marker: int, length: int) -> Window | None:
         if not self._deliveries.gate.is_open:
             return None
         return window_ahead(self._ledger.states, marker, length, self._policy)
-
-    def _length(self, chunks: range) -> int:
-        chunk_bytes = self._ledger.chunk_bytes
-        return min(chunks.stop * chunk_bytes, self._ledger.size) - chunks.start * chunk_bytes
 
     async def _look_again(self) -> None:
         """Ask for a range of a streamed image; beside the stream, so that nobody waits for the answer."""
@@ -233,40 +233,3 @@ class ImageTransfers:
                 )
                 if probe.kind == "ranged":
                     self._deliveries.ranged(probe.reason)
-
-    async def _transfer(
-        self, chunks: range, room: Room, learns: RequestSize | None = None
-    ) -> errors.BasefsError | None:
-        """Fetch claimed `chunks` and settle them; the error, if there was one, was told to the waiters.
-
-        `learns` is told how fast the body came.
-
-        Cancellation (a warming that was stopped, the end of the service) is no failure: waiters look again.
-        """
-        chunk_bytes = self._ledger.chunk_bytes
-        length = self._length(chunks)
-        # Small pieces wake waiters early, large ones cost less: a hand-over to the loop takes about 30 us.
-        piece_bytes = max(chunk_bytes, min(PIECE_BYTES_MAX, length // 8 // chunk_bytes * chunk_bytes))
-        receiver = self._deliveries.new_receiver(room)
-        error: errors.BasefsError | None = None
-        try:
-            await self._services.source.fetch_range(
-                self._entry.image_id,
-                size=self._ledger.size,
-                offset=chunks.start * chunk_bytes,
-                length=length,
-                piece_bytes=piece_bytes,
-                deliver=receiver.take,
-            )
-            self._deliveries.gate.succeeded()
-            if learns is not None and receiver.timed_bytes:
-                learns.came(receiver.timed_bytes, receiver.timed_s)
-        except (errors.SourceError, errors.ImageNotFoundError) as exc:
-            error = exc
-            self._deliveries.note_failure(exc)
-        finally:
-            self._deliveries.end_receiver(receiver)
-            lost = self._ledger.unclaim(chunks)
-            self._board.failed(lost, None if isinstance(error, errors.RangeNotHonouredError) else error)
-            self._deliveries.tell_size()
-        return error

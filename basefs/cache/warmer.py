@@ -18,6 +18,7 @@ from basefs import errors
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 
 log = logging.getLogger(__name__)
 
@@ -133,17 +134,21 @@ class Warmer:
     async def _run(self, warming: Warming) -> None:
         """Ends when the warming does; cancelled by its scope or with the service."""
         try:
-            with warming.scope:
+            with (
+                guarded(
+                    log, "image %s: bug in a transfer", warming.entry.image_id, foreseen=(errors.BasefsError,)
+                ) as guard,
+                warming.scope,
+            ):
                 async with self._open_image(warming.entry) as fetcher:
                     await self._complete(warming, fetcher)
-            if warming.scope.cancelled_caught:
+            if guard.bug is not None:
+                warming.error = errors.InternalError(f"warming of image {warming.entry.image_id} failed")
+            elif warming.scope.cancelled_caught:
                 warming.is_stopped = True
                 warming.error = errors.ControlError(f"warming of image {warming.entry.image_id} was stopped")
         except errors.BasefsError as exc:
             warming.error = exc
-        except Exception:
-            log.exception("image %s: bug in a transfer", warming.entry.image_id)
-            warming.error = errors.InternalError(f"warming of image {warming.entry.image_id} failed")
         finally:
             if self._warmings.get(warming.entry.number) is warming:
                 del self._warmings[warming.entry.number]

@@ -23,6 +23,7 @@ from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.ledger import ChunkLedger
 from basefs.cache.verifier import ChunkVerifier
 from basefs.catalog.records import ImageEntry, ImageRecord, WholeState
+from basefs.concurrency.guarded import guarded
 from basefs.sources.base import Digest, Hasher, new_hasher
 
 log = logging.getLogger(__name__)
@@ -220,22 +221,23 @@ class WholeImage:
 
     async def _refetch(self, scope: trio.CancelScope) -> None:
         """Ends when the image is proved or quarantined, or cannot be fetched; cancelled by `close` and `lift`."""
+        image_id = self._entry.image_id
         try:
-            with scope:
-                await self._eviction.discard()
-                while self._entry.local.whole == "refetching":
-                    await self._bring_all()
-                    async with self._checking:
-                        await self._check()
-            if self._entry.local.whole == "quarantined":  # also when it was stopped meanwhile
-                with trio.CancelScope(shield=True):  # it takes no longer than a write
+            with guarded(log, "image %s: bug in a transfer", image_id, foreseen=(errors.BasefsError,)) as guard:
+                with scope:
                     await self._eviction.discard()
+                    while self._entry.local.whole == "refetching":
+                        await self._bring_all()
+                        async with self._checking:
+                            await self._check()
+                if self._entry.local.whole == "quarantined":  # also when it was stopped meanwhile
+                    with trio.CancelScope(shield=True):  # it takes no longer than a write
+                        await self._eviction.discard()
+            if guard.bug is not None:
+                self._error = errors.InternalError(f"image {image_id}: it was not fetched again")
         except errors.BasefsError as exc:
             self._error = exc
-            log.info("image %s: not fetched again: %s", self._entry.image_id, exc)
-        except Exception:
-            self._error = errors.InternalError(f"image {self._entry.image_id}: it was not fetched again")
-            log.exception("image %s: bug in a transfer", self._entry.image_id)
+            log.info("image %s: not fetched again: %s", image_id, exc)
         finally:
             self._refetching = None
             self._tell()

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from basefs.catalog.records import ImageRecord
+from basefs.core.trace_property import PROPERTY, PROPERTY_CHARS_MAX
 
 _IMAGE_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}\Z")
 """Ids become file names below `.basefs`; Glance makes UUIDs and its database takes 36 characters."""
@@ -57,6 +58,7 @@ def record_of(image: Mapping[str, Any]) -> ImageRecord | None:
         os_hash_algo=_text(image, "os_hash_algo"),
         os_hash_value=_text(image, "os_hash_value"),
         is_signed=bool(image.get("img_signature")),
+        boot_trace=_short_text(image, PROPERTY, PROPERTY_CHARS_MAX),
     )
 
 
@@ -66,6 +68,12 @@ def _text(image: Mapping[str, Any], key: str) -> str | None:
         return None
     # JSON can carry half a surrogate pair, which no file and no database takes.
     return value[:_TEXT_CHARS_MAX].encode("utf-8", "replace").decode("utf-8")
+
+
+def _short_text(image: Mapping[str, Any], key: str, chars_max: int) -> str | None:
+    """ASCII text that is not longer than that; None for any other."""
+    value = image.get(key)
+    return value if isinstance(value, str) and len(value) <= chars_max and value.isascii() else None
 
 
 def earlier(updated_at: str, seconds: float) -> str | None:

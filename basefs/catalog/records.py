@@ -36,6 +36,8 @@ class ImageRecord:
     os_hash_algo: str | None
     os_hash_value: str | None
     is_signed: bool
+    boot_trace: str | None = None
+    """What another node has left there of a boot, unchecked (`core/trace_property`); only where traces are shared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ class LocalState:
     `shown_size` is what the content check found the raw view to be long; None where the stored bytes are shown.
     `checked_view` is the `view` that the verdict on the content of a qcow2 image was made for.
     `is_wanted`: nova asked for all of it (its pre-cache call). `is_graduated`: we made it a lower file of its own name.
+    `is_replaying`: its boot trace is fetched ahead of those who have it open; a server that follows goes on with that.
     `link` is what was begun in Cinder for it. `no_volume` is why it has no volume that may be linked: empty when it has
     one, None when that was not looked at; only `template_image_handler = volume-linking` asks.
     `glance_only`: a store behind Glance may have given wrong bytes of it, so it is read through Glance.
@@ -86,6 +89,7 @@ class LocalState:
     is_wanted: bool = False
     whole: WholeState = "unknown"
     is_graduated: bool = False
+    is_replaying: bool = False
     link: LinkRecord | None = None
     no_volume: str | None = None
     glance_only: bool = False

@@ -6,6 +6,7 @@ from typing import Any
 import trio
 from oslo_config.cfg import ConfigOpts
 
+from basefs.cli.check_tier import check_tier
 from basefs.cli.findings import Finding, error, ok, warning
 from basefs.errors import BasefsError, ConfigError, SourceForbiddenError
 from basefs.sources.access import GlanceAccess, open_glance
@@ -29,7 +30,7 @@ async def _check_glance(conf: ConfigOpts) -> list[Finding]:
         return [error("glance", str(exc))]
     try:
         with trio.move_on_after(DEADLINE_S) as limit:
-            await _ask(access, findings)
+            await _ask(conf, access, findings)
     finally:
         access.close()
     if limit.cancelled_caught:
@@ -37,7 +38,7 @@ async def _check_glance(conf: ConfigOpts) -> list[Finding]:
     return findings
 
 
-async def _ask(access: GlanceAccess, findings: list[Finding]) -> None:
+async def _ask(conf: ConfigOpts, access: GlanceAccess, findings: list[Finding]) -> None:
     try:
         who = await access.identity()
     except SourceForbiddenError as exc:
@@ -59,14 +60,14 @@ async def _ask(access: GlanceAccess, findings: list[Finding]) -> None:
         findings.append(error("glance", f"{exc}: check that Glance runs and can be reached from here"))
         return
     findings.append(ok("glance", f"answers; {len(images)} images visible to us"))
-    findings.append(await _ranges(access, images))
+    findings += await _ranges(conf, access, images)
 
 
-async def _ranges(access: GlanceAccess, images: list[Mapping[str, Any]]) -> Finding:
+async def _ranges(conf: ConfigOpts, access: GlanceAccess, images: list[Mapping[str, Any]]) -> list[Finding]:
     """Ask for the first bytes of the smallest image that has more than the probe asks for."""
     active = [image for image in images if image.get("status") == "active" and image.get("size")]
     if not active:
-        return warning("ranges", "cannot be tried: there is no active image")
+        return [warning("ranges", "cannot be tried: there is no active image")]
     # A range that is the whole image proves nothing.
     image = min(active, key=lambda image: (image["size"] <= 1, image["size"]))
     size = int(image["size"])
@@ -74,13 +75,16 @@ async def _ranges(access: GlanceAccess, images: list[Mapping[str, Any]]) -> Find
     try:
         probe = await GlanceSource(access, threads_max=1).probe(str(image["id"]), size=size, header_bytes=length)
     except SourceForbiddenError as exc:
-        return error("ranges", f"image {image['id']}: {exc}: the user may not download; it needs the role member")
+        return [error("ranges", f"image {image['id']}: {exc}: the user may not download; it needs the role member")]
     except BasefsError as exc:
-        return error("ranges", f"image {image['id']}: {exc}: Glance lists images that it does not deliver")
+        return [error("ranges", f"image {image['id']}: {exc}: Glance lists images that it does not deliver")]
     if probe.kind == "ranged":
-        return ok("ranges", f"image {image['id']}: {probe.reason}")
-    return warning(
-        "ranges",
-        f"image {image['id']}: {probe.reason}; such images are fetched from their start to their end, so a read far "
-        "inside waits for all before it",
-    )
+        honoured = ok("ranges", f"image {image['id']}: {probe.reason}")
+        return [honoured, *await check_tier(conf, access, str(image["id"]), size, probe.header)]
+    return [
+        warning(
+            "ranges",
+            f"image {image['id']}: {probe.reason}; such images are fetched from their start to their end, so a read "
+            "far inside waits for all before it",
+        )
+    ]

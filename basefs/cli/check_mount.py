@@ -9,6 +9,7 @@ from typing import Any
 from basefs import mounts, processes
 from basefs.cli.check_host import free_space
 from basefs.cli.findings import Finding, error, ok, warning
+from basefs.cli.keeper_client import ask_keeper
 from basefs.config import Settings
 from basefs.control.client import ControlClient
 from basefs.errors import ControlError
@@ -30,6 +31,7 @@ def check_mount(settings: Settings) -> Iterator[Finding]:
     yield _answer(mount)
     yield from _processes(settings)
     yield from _control_socket(settings)
+    yield from _readers(settings)
     lower = _lower_path(settings, mount)
     if lower is None:
         yield warning("lower directory", "cannot be seen: no process of this basefs holds it; run this as root")
@@ -103,6 +105,20 @@ def _control_socket(settings: Settings) -> Iterator[Finding]:
     yield ok("control socket", detail)
     for name, endpoint in status.get("endpoints", {}).items():
         yield _endpoint(name, endpoint)
+
+
+def _readers(settings: Settings) -> Iterator[Finding]:
+    """Whether as many reader processes serve as are configured; nothing where there are to be none."""
+    try:
+        status = ask_keeper(settings.control_socket, "status", deadline_s=ANSWER_DEADLINE_S)
+    except ControlError:
+        return  # Said of the keeper already.
+    wanted, ready = status.get("readers_wanted", 0), status.get("readers", 0)
+    if ready < wanted or (settings.readers and not wanted):
+        why = status.get("readers_reason") or "they are being started; if this lasts, see the log"
+        yield warning("readers", f"{ready} of {wanted or settings.readers} run: {why}")
+    elif wanted:
+        yield ok("readers", f"{ready} run, {status.get('reader_deaths')} have died")
 
 
 def _endpoint(name: str, endpoint: dict[str, Any]) -> Finding:

@@ -10,7 +10,10 @@ from basefs.cli.common import BasefsCommand, columns_of
 from basefs.cli.keeper_client import ask_keeper
 from basefs.errors import ControlError
 
-OF_THE_KEEPER = ("standby_pid", "standby_state", "deaths", "last_death", "held_fds", "config_error")
+OF_THE_KEEPER = (
+    "standby_pid", "standby_state", "deaths", "last_death", "held_fds", "config_error", "readers", "reader_deaths",
+    "readers_reason",
+)  # fmt: skip
 
 
 class Status(BasefsCommand, ShowOne):

@@ -1,8 +1,8 @@
 """A fixed number of slots; demand goes first, then what is ahead of it, then background, which leaves the most free."""
 
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Literal
 
 import trio
@@ -22,6 +22,7 @@ class PrioritySlots:
     def __init__(self, slots: int, *, reserved: int) -> None:
         if not 0 <= reserved < slots:
             raise ValueError(f"reserved is {reserved} of {slots} slots")
+        self.size = slots
         self._free = slots
         self._left: dict[_Kind, int] = {"ahead": slots - min(1, reserved), "background": slots - reserved}
         self._waiting: dict[_Kind, deque[trio.Event]] = {"demand": deque(), "ahead": deque(), "background": deque()}
@@ -37,6 +38,18 @@ class PrioritySlots:
         """A slot for what will be demanded soon; as `take`."""
         async with self._taken("ahead"):
             yield
+
+    @contextmanager
+    def spare(self) -> Iterator[bool]:
+        """A slot for the body, where another one stays free and nobody waits; False: there is none."""
+        has_slot = self._free > 1 and not any(self._waiting.values())
+        if has_slot:
+            self._charge("demand", -1)
+        try:
+            yield has_slot
+        finally:
+            if has_slot:
+                self._give_back("demand")
 
     @asynccontextmanager
     async def _taken(self, kind: _Kind) -> AsyncIterator[None]:

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import trio
 
 from basefs import errors
+from basefs.concurrency.guarded import guarded
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ class SingleFlight(Generic[K, T]):
     async def _fly(self, key: K, flight: _Flight[T], call: Callable[[], Awaitable[T]]) -> None:
         """Ends when the call does; cancelled with the service nursery, which frees the waiters."""
         try:
-            flight.result = await call()
+            with guarded(log, "bug in the work for %r", key, foreseen=(errors.BasefsError,)) as guard:
+                flight.result = await call()
+            if guard.bug is not None:
+                flight.error = errors.InternalError(f"internal error: {type(guard.bug).__name__}")
         except errors.BasefsError as exc:
             flight.error = exc
-        except Exception as exc:  # a bug must reach the waiters as an error, not end the mount
-            log.exception("bug in the work for %r", key)
-            flight.error = errors.InternalError(f"internal error: {type(exc).__name__}")
         except trio.Cancelled:
             flight.error = errors.SourceUnavailableError("basefs is shutting down")
             raise

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from basefs import mounts
 from basefs.config.listen import listen_address
@@ -35,6 +36,22 @@ def check_together(settings: Settings) -> None:
         problems.append("[basefs] nova_user is empty")
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def cache_endpoint_problem(url: str | None) -> str | None:
+    """Why `[glance] cache_endpoint` cannot be used; None: it can, or is not set. The text has no part of the value."""
+    if not url:
+        return None
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname, parts.port
+    except ValueError:
+        return "it is no URL"
+    if parts.scheme not in ("http", "https") or not host:
+        return "it must be http://HOST[:PORT] or https://HOST[:PORT]"
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        return "it must have no user, no query and no fragment: it is asked with Glance's token"
+    return None
 
 
 def _size_problems(settings: Settings) -> Iterator[str]:

@@ -5,6 +5,7 @@ in a password must not end up in a log.
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from oslo_log import log
 
 from basefs import mounts
 from basefs.config.auth_sections import auth_section_of
-from basefs.config.checks import check_together
+from basefs.config.checks import cache_endpoint_problem, check_together
 from basefs.config.files import DEFAULT_CONFIG_FILE, Entry, find_config_files, read_entries
 from basefs.config.options import BASEFS_OPTS, GLANCE_SECTION, glance_common_opts
 from basefs.config.settings import Settings
@@ -38,6 +39,7 @@ from basefs.config.store_options import (
     swift_common_opts,
     swift_settings,
 )
+from basefs.config.trace_options import TRACE_OPTS, TRACE_SECTION
 from basefs.config.volume_options import (
     CINDER_SECTION,
     LINKING_SECTION,
@@ -47,8 +49,9 @@ from basefs.config.volume_options import (
 )
 from basefs.errors import ConfigError
 
+READERS_DEFAULT_MAX = 4
 _PATH_OPTIONS = ("mountpoint", "cache_dir", "control_socket", "instances_path")
-_OUR_SECTIONS = ("basefs", LINKING_SECTION, HTTP_SECTION, FILE_SECTION, RBD_SECTION)
+_OUR_SECTIONS = ("basefs", LINKING_SECTION, TRACE_SECTION, HTTP_SECTION, FILE_SECTION, RBD_SECTION)
 _ENDPOINT_NEEDED = ("none", "admin_token", "http_basic")
 """Plugins without a service catalog: where Glance is must be said."""
 
@@ -110,6 +113,7 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
     conf.register_opts(RBD_OPTS, group=RBD_SECTION)
     conf.register_opts(S3_OPTS, group=S3_SECTION)
     conf.register_opts(SWIFT_OPTS, group=SWIFT_SECTION)
+    conf.register_opts(TRACE_OPTS, group=TRACE_SECTION)
     try:
         conf(args=[], project="basefs", prog="basefs", default_config_files=paths, default_config_dirs=[])
     except (cfg.Error, ValueError) as exc:
@@ -262,6 +266,8 @@ def _check_glance(conf: cfg.ConfigOpts, auth_section: str) -> None:
         raise ConfigError(
             f"[glance] endpoint_override is not set; auth_type = {auth_type} has no catalog to look it up"
         )
+    if problem := cache_endpoint_problem(glance.cache_endpoint):
+        raise ConfigError(f"[glance] cache_endpoint: {problem}")
     try:
         loading.load_auth_from_conf_options(conf, GLANCE_SECTION)
         loading.load_adapter_from_conf_options(conf, GLANCE_SECTION, session=None, auth=None)
@@ -287,8 +293,11 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
             raise ConfigError(f"[basefs] {name} = {text}: {exc.strerror}") from None
     values["source_order"] = tuple(values["source_order"])
     values["instances_path"] = values["instances_path"] or Path(values["mountpoint"]).parent
+    if values["readers"] is None:
+        values["readers"] = min(max(1, len(os.sched_getaffinity(0)) - 1), READERS_DEFAULT_MAX)
     return Settings(
         **values,
+        trace_share=conf[TRACE_SECTION].share,
         volume_linking=volume_linking_settings(conf, values["cache_dir"]),
         http_location=http_location_settings(conf),
         file_location=file_location_settings(conf),

@@ -132,6 +132,13 @@ _FETCHING = [
         "further ones wait in the kernel, those for cached bytes too. So as many reads may wait for Glance before "
         "others wait for them; each costs about 8 KiB of memory.",
     ),
+    cfg.IntOpt(
+        "readers",
+        min=0,
+        max=16,
+        help="Processes beside the server that answer reads of cached images by themselves; they go on while the "
+        "server is replaced. 0: none. Default: one less than there are processors, at least 1, at most 4.",
+    ),
 ]
 
 _TIMES = [
@@ -257,26 +264,32 @@ _REPLACING = [
     ),
 ]
 
+_CACHE_TIER = cfg.StrOpt(
+    "cache_endpoint",
+    help="URL of an HTTP cache in front of Glance, http or https; ranges of images are asked of it as of Glance, with "
+    "the token, and of Glance itself where it fails. docs/OPERATIONS.md has an nginx for it. Default: none.",
+)
+
 BASEFS_OPTS: list[cfg.Opt] = [
     *_PATHS, *_SHOWN, *_CACHE, *_FETCHING, *_TIMES, *_INTEGRITY, *_COMPLETING, *_OPERATIONS, *_REPLACING,
 ]  # fmt: skip
 
 
 def glance_common_opts() -> list[cfg.Opt]:
-    """The options of [glance] that do not depend on `auth_type`: session, adapter, choice of the plugin."""
+    """The options of [glance] that do not depend on `auth_type`: session, adapter, choice of the plugin, cache tier."""
     # Here and not at the top: keystoneauth1 takes 0.5 s to import, and help texts do not need it.
     from keystoneauth1 import loading
 
     adapter = loading.get_adapter_conf_options()
     cfg.set_defaults(adapter, service_type="image")
-    return [*loading.get_auth_common_conf_options(), *loading.get_session_conf_options(), *adapter]
+    return [*loading.get_auth_common_conf_options(), *loading.get_session_conf_options(), *adapter, _CACHE_TIER]
 
 
 def list_opts() -> list[tuple[str, list[Any]]]:
     """What `oslo-config-generator --namespace basefs` writes. [DEFAULT] comes from the namespace `oslo.log`."""
     from keystoneauth1 import loading
 
-    from basefs.config import store_options, volume_options
+    from basefs.config import store_options, trace_options, volume_options
 
     glance = {opt.dest: opt for opt in glance_common_opts()}
     for auth_type in SAMPLE_AUTH_TYPES:
@@ -284,6 +297,7 @@ def list_opts() -> list[tuple[str, list[Any]]]:
             glance.setdefault(opt.dest, opt)
     return [
         ("basefs", BASEFS_OPTS),
+        (trace_options.TRACE_SECTION, trace_options.TRACE_OPTS),
         (GLANCE_SECTION, list(glance.values())),
         (volume_options.LINKING_SECTION, volume_options.VOLUME_LINKING_OPTS),
         (volume_options.CINDER_SECTION, volume_options.cinder_common_opts()),

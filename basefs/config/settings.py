@@ -10,11 +10,12 @@ from basefs.config.volume_options import VolumeLinkingSettings
 
 Handler = Literal["auto", "downloading", "volume-linking"]
 View = Literal["raw", "stored"]
+TraceShare = Literal["none", "glance"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """`[basefs]` and the sections of volumes and stores in the configuration files, checked together.
+    """`[basefs]`, `[trace]` and the sections of volumes and stores in the configuration files, checked together.
 
     Paths are absolute, without links or `..`.
     Names and bounds are those of `options.py`; `*_s` are seconds, `*_bytes` bytes.
@@ -36,6 +37,7 @@ class Settings:
     fetch_request_bytes_max: int
     read_ahead_bytes: int
     max_background: int
+    readers: int
     catalog_refresh_s: float
     catalog_full_refresh_s: float
     lookup_deadline_s: float
@@ -51,6 +53,7 @@ class Settings:
     metrics_listen: str
     watchdog_s: float
     upgrade_deadline_s: float
+    trace_share: TraceShare
     volume_linking: VolumeLinkingSettings
     http_location: HttpLocationSettings
     file_location: FileLocationSettings

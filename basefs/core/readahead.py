@@ -2,9 +2,9 @@
 
 The run of chunks that are here (or on their way) just before the miss is the history, as in Linux's
 context readahead (mm/readahead.c: count_history_pages): it needs no handle, survives a restart and is
-shared by all readers of an image. A miss brings at most 1 MiB more than was asked. Only a reader who comes
-to a *marker*, the first chunk of a window that was not asked for, is sequential: each marker starts the next
-window, twice as long, before it is missed.
+shared by all readers of an image. A miss brings at most 1 MiB more than was asked, less on slow links
+(`core/link_estimate`). Only a reader who comes to a *marker*, the first chunk of a window that was not
+asked for, is sequential: each marker starts the next window, twice as long, before it is missed.
 
 Measured on the recorded Debian boot (865 reads, 42.9 MB distinct at 64 KiB) and on 256 MiB read in order:
 
@@ -15,10 +15,13 @@ Measured on the recorded Debian boot (865 reads, 42.9 MB distinct at 64 KiB) and
     4 chunks, 2 x history up to 8 MiB, then markers    108       198           34              33
     4 chunks, 2 x history up to 1 MiB, then markers     73       225           36               1   <- this
 
-A request costs 5-8 ms whatever its size, 192 KiB more cost 1.6 ms at 1 Gbit/s.
+A request costs 5-8 ms whatever its size, 192 KiB more cost 1.6 ms at 1 Gbit/s. The sizes of a miss follow the link
+(`core/link_estimate`); these were measured with what it says before it has measured anything.
 """
 
 from dataclasses import dataclass
+
+from basefs.core.link_estimate import FetchParameters
 
 MISSING = 0
 """The byte in a chunk map that says: not here and not on its way."""
@@ -34,12 +37,12 @@ class ReadaheadPolicy:
     history_min: int
 
     @classmethod
-    def for_chunks(cls, chunk_bytes: int, request_bytes_max: int) -> "ReadaheadPolicy":
-        """The policy measured above, for chunks of `chunk_bytes`."""
+    def for_chunks(cls, chunk_bytes: int, request_bytes_max: int, parameters: FetchParameters) -> "ReadaheadPolicy":
+        """The policy of these parameters, for chunks of `chunk_bytes`."""
         window_max = max(1, request_bytes_max // chunk_bytes)
         return cls(
-            window_min=min(window_max, max(1, 256 * 1024 // chunk_bytes)),
-            miss_max=min(window_max, max(1, 1024 * 1024 // chunk_bytes)),
+            window_min=min(window_max, max(1, parameters.window_bytes // chunk_bytes)),
+            miss_max=min(window_max, max(1, parameters.miss_bytes_max // chunk_bytes)),
             window_max=window_max,
             history_min=max(2, 512 * 1024 // chunk_bytes),
         )

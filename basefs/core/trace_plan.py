@@ -13,14 +13,13 @@ six requests in flight tells them:
     12 MiB            11          6.02
 
 Fewer requests cost bytes: 12 of them bring 5.8 x what is read at least, whatever is coalesced with what. With the MiB
-of the header that the checks bring, 128 KiB stay below 1.1 x.
+of the header that the checks bring, 128 KiB stay below 1.1 x; they are the widest gap at any link (`link_estimate`).
 """
 
 from collections.abc import Iterable
 
 from basefs.core.boot_trace import UNIT_BYTES
 
-GAP_BYTES = 128 * 1024
 REQUEST_BYTES_MAX = 4 << 20
 """As hydration's (`cache/pace.py`). Smaller ones are more: 110 of 2 MiB instead of 107."""
 STRAYED_MAX = 64
@@ -28,10 +27,10 @@ STRAYED_MAX = 64
 of what is fetched ahead at a time, and more than any one file that a boot reads another time."""
 
 
-def requests_for(units: Iterable[int], *, size: int, chunk_bytes: int) -> list[range]:
+def requests_for(units: Iterable[int], *, size: int, chunk_bytes: int, gap_bytes: int) -> list[range]:
     """The chunks to ask for, one range a request: every unit is in one of them, no chunk in two.
 
-    Neighbours are one request, also over a gap of up to GAP_BYTES, as long as it is at most REQUEST_BYTES_MAX (or one
+    Neighbours are one request, also over a gap of up to `gap_bytes`, as long as it is at most REQUEST_BYTES_MAX (or one
     chunk). Requests are in the order in which the first unit of each comes.
     """
     order: dict[int, int] = {}
@@ -39,7 +38,7 @@ def requests_for(units: Iterable[int], *, size: int, chunk_bytes: int) -> list[r
         begin, end = unit * UNIT_BYTES, min((unit + 1) * UNIT_BYTES, size)
         for chunk in range(begin // chunk_bytes, -(-end // chunk_bytes)):
             order.setdefault(chunk, len(order))
-    gap, length_max = GAP_BYTES // chunk_bytes, max(1, REQUEST_BYTES_MAX // chunk_bytes)
+    gap, length_max = gap_bytes // chunk_bytes, max(1, REQUEST_BYTES_MAX // chunk_bytes)
     requests: list[tuple[int, range]] = []
     for chunk in sorted(order):
         if requests:

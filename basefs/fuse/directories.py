@@ -15,6 +15,7 @@ from basefs import errors
 from basefs.catalog.records import ImageEntry
 from basefs.core import inodes
 from basefs.fuse.image_files import ImageFiles
+from basefs.fuse.listing_page import Token, add_entry
 from basefs.fuse.lower import LowerTree
 from basefs.fuse.virtual_tree import BASEFS_NAME, Entry, VirtualTree
 
@@ -48,14 +49,14 @@ class Directories:
             return inode
         return inode << 1 | (self._nova_uid is not None and ctx.uid == self._nova_uid)
 
-    async def read(self, handle: int, offset: int, token: pyfuse3.ReaddirToken) -> None:
+    async def read(self, handle: int, offset: int, token: Token) -> None:
         """Answer one page of a listing, the entries after cookie `offset`."""
         listing = self._listings.get(handle)
         if listing is None or offset == 0:
             listing = self._listings[handle] = await self._collect(handle)
 
         def reply(name: bytes, attributes: pyfuse3.EntryAttributes, next_id: int) -> bool:
-            return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, next_id)
+            return add_entry(token, name, attributes, next_id)
 
         parent = inodes.ROOT if not inodes.is_lower(handle) else handle
         names = listing.lower[_after(listing.lower, offset) :]

@@ -17,6 +17,7 @@ import pyfuse3
 import trio
 
 from basefs import errors
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
 from basefs.core.inodes import image_handle, image_inode, image_of_handle
@@ -261,6 +262,14 @@ class ImageFiles:
         if len(data) != wanted:
             raise errors.InternalError(f"image {entry.image_id}: {len(data)} bytes for {wanted} at {offset}")
         return data
+
+    async def share(self, number: int, table: ReaderTable, offset: int, size: int) -> Share | None:
+        """What reader processes serve hits of an image with that was just read there; None where they cannot.
+
+        Raises:
+            BasefsError: it cannot be prepared any more.
+        """
+        return (await self._handler.fetch_image(self.entry_of(number))).share(table, offset, size)
 
     def release(self, handle: int) -> None:
         """One handle fewer; after the last one of an unlinked image its local bytes are dropped.

@@ -13,6 +13,7 @@ from basefs.core import inodes
 from basefs.fuse.directories import Directories
 from basefs.fuse.errno_edge import edge
 from basefs.fuse.image_files import ImageFiles
+from basefs.fuse.listing_page import Token
 from basefs.fuse.lower import LowerTree
 from basefs.fuse.request_stats import RequestStats
 from basefs.fuse.virtual_tree import BASEFS_NAME, VirtualTree
@@ -47,17 +48,24 @@ class Operations(pyfuse3.Operations):
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """All bytes up to the end of the file, or an error; see `ChunkFile.hit` and `LowerFiles` for most reads."""
+        data = self.hit(fh, off, size)
+        if data is not None:
+            return data  # type: ignore[return-value]  # pyfuse3 takes any buffer, and copies it at once
+        return await self._read(fh, off, size)
+
+    def hit(self, fh: int, off: int, size: int) -> memoryview | bytes | None:
+        """What a read gives if it can be answered at once, valid until the next await; else None."""
         hit = self._hits.get(fh)
         if hit is not None:
             data = hit(off, size)
             if data is not None:
                 self.hits += 1
                 self.hit_bytes += len(data)
-                return data  # type: ignore[return-value]  # pyfuse3 takes any buffer, and copies it at once
+                return data
         elif (hit := self._lower_hits.get(fh)) is not None and (data := hit(off, size)) is not None:
             self.lower_hits += 1
-            return data  # type: ignore[return-value]
-        return await self._read(fh, off, size)
+            return data
+        return None
 
     @edge
     async def _read(self, fh: int, off: int, size: int) -> bytes:
@@ -353,7 +361,7 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileHandleT(self._directories.open(inode, ctx))
 
     @edge
-    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: Token) -> None:
         """One page of a listing."""
         self.requests["readdir"] += 1
         await self._directories.read(fh, start_id, token)

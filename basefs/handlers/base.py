@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.catalog.records import ImageEntry
 from basefs.core.link_record import LinkRecord
 
@@ -42,6 +43,13 @@ class PreparedImage(Protocol):
 
     The answer is valid until the next await. Never raises.
     """
+
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:
+        """What reader processes serve hits of the image with, now those of `[offset, offset + size)`, too.
+
+        None where they cannot.
+        """
+        ...
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes | memoryview:
         """What is shown of `[offset, offset + size)`: all of it up to the end, or an error. Valid until the next await.

@@ -19,6 +19,7 @@ from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.cache.image_map import ImageCells, stored_cells
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.chunk_map import ChunkMapHeader
@@ -26,6 +27,7 @@ from basefs.core.inodes import image_inode, image_number_of
 from basefs.handlers.viewed import ViewedImage
 from basefs.views.choice import Views
 from basefs.views.qcow2 import Qcow2View
+from basefs.views.qcow2_sharing import SharedClusters
 from basefs.views.stored import StoredView
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,13 @@ class DownloadedImage(ViewedImage):
     def __init__(self, fetcher: ImageFetcher, view: StoredView | Qcow2View) -> None:
         super().__init__(view)
         self.fetcher = fetcher
+        self._clusters = None if isinstance(view, StoredView) else SharedClusters(view, fetcher)
+
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:
+        """See `PreparedImage.share`."""
+        if self._clusters is None:
+            return self.fetcher.share(table)
+        return self._clusters.share(table, offset, size)
 
 
 class DownloadedImages:
@@ -138,6 +147,8 @@ class DownloadedImages:
     async def _open_file(self, entry: ImageEntry) -> tuple[ChunkFile, bytearray]:
         inode = image_inode(entry.number)
         disk, space = self._services.disk, self._services.space
+        if self._services.reader_table is not None:
+            self._services.reader_table.revoke_inherited(entry.number)
         file, states = await disk.run(open_chunk_file, self._chunks_dir, inode, self._wanted(entry))
         await disk.run(space.settle, inode, 0, file.allocated_bytes)
         return file, states

@@ -52,6 +52,9 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._opens: Counter[int] = Counter()
         self._removals: SingleFlight[int, int] = SingleFlight(services.nursery)
         self.warmer = Warmer(services, self.checked_image)
+        self._held_back: set[int] = set()  # images whose replay waits until it is known that they are not linked
+        self.expects_volume: Callable[[ImageEntry], bool] = lambda _entry: False
+        """Whether an image that is opened will soon be read from elsewhere; the links', once there are some."""
         self.uses_changed: Callable[[], None] = lambda: None
         """Called when an image is opened, closed, or wanted; the hydrator's, once there is one."""
 
@@ -74,6 +77,8 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
                 return graduated
             image = await self._images.prepare_once(entry)
             if image is not None:
+                if entry.local.is_replaying and self.open_handles(entry):
+                    image.fetcher.trace.replay()  # a server before this one did, until it ended
                 return image
 
     async def downloaded_image(self, entry: ImageEntry) -> DownloadedImage:
@@ -122,6 +127,10 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
             self._images.used(entry.number)
             if not self._opens[entry.number]:
                 image.fetcher.trace.opened()
+                if self.expects_volume(entry):
+                    self._held_back.add(entry.number)
+                else:
+                    image.fetcher.trace.replay()
         self._note_use(entry)
         self._opens[entry.number] += 1
 
@@ -130,10 +139,23 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         self._opens[entry.number] -= 1
         if self._opens[entry.number] <= 0:
             del self._opens[entry.number]
+            self._held_back.discard(entry.number)
             if (image := self._images.get(entry.number)) is not None:
                 image.fetcher.trace.closed()
         self._note_use(entry)
         await self._close_idle()
+
+    def note_link(self, entry: ImageEntry, *, is_linked: bool) -> None:
+        """Who has the image open reads it from its volume from here, and nothing is fetched ahead of them; or not."""
+        image = self._images.get(entry.number)
+        was_held_back = entry.number in self._held_back
+        self._held_back.discard(entry.number)
+        if image is None:
+            return
+        if is_linked:
+            image.fetcher.trace.end_replay()
+        elif was_held_back:
+            image.fetcher.trace.replay()
 
     def restore_opens(self, handles: Mapping[int, int]) -> None:
         """See the base class."""

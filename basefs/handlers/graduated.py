@@ -19,6 +19,7 @@ import trio
 from basefs import errors
 from basefs.cache.chunk_file import data_path
 from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_target
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.concurrency.threads import BlockingCalls
@@ -62,6 +63,10 @@ class GraduatedImage:
                 return target[0]
         except OSError:  # a cold page, or a file system that cannot tell
             pass
+        return None
+
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002
+        """See `PreparedImage.share`."""
         return None
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes:  # noqa: ARG002

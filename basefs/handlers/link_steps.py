@@ -67,6 +67,10 @@ class LinkSteps:
         self._told = ConditionLog(log, clock=trio.current_time)
         self.counters = LinkCounters()
 
+    def ask_before_replays(self, expects_volume: Callable[[ImageEntry], bool]) -> None:
+        """Have no boot trace replayed at the open of an image for which that is so, unless it is not linked then."""
+        self._downloading.expects_volume = expects_volume
+
     def hurry(self) -> None:
         """It is the end: let all be detached at once."""
         self._detach_turns.total_tokens = AT_THE_END_MAX
@@ -106,6 +110,8 @@ class LinkSteps:
             self._told_linked(link, trio.current_time() - begun)
         finally:
             link.attaching = None
+            if link.image is None:
+                self._downloading.note_link(link.entry, is_linked=False)
 
     async def reopen(self, link: Link) -> None:
         """Have the volume again that an earlier server attached; as `attach`, but never `refused`."""
@@ -165,6 +171,7 @@ class LinkSteps:
 
     def _serve(self, link: Link, source: VolumeSource) -> None:
         link.serve(source, LinkedImage(link.entry, source, self._views))
+        self._downloading.note_link(link.entry, is_linked=True)
 
     def _source(self, link: Link, attached: AttachedVolume) -> VolumeSource:
         async def otherwise() -> ByteSource:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import trio
 
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 from basefs.handlers.link import Link, LinkSettings
 from basefs.handlers.link_steps import LinkSteps
 from basefs.handlers.uses import ImageUses
@@ -79,29 +80,33 @@ class LinkTasks:
     async def _run(self, link: Link) -> None:
         """Ends when nothing is noted of the link and nobody wants it; cancelled with the service."""
         try:
-            while True:
-                if link.source is not None:
-                    await self._serve(link)
-                elif link.record is not None:
-                    if not await self._settle(link):
-                        break
-                elif self.is_wanted(link):
-                    await self._begin(link)
-                elif link.connection_fd is not None:
-                    await self._steps.forget_connection(link)
-                else:
-                    # Nothing is awaited from here to the end: a wish that comes after it finds no task.
-                    if link.state != "refused":
-                        link.set("none")
-                    break
-                self.changed()
-        except Exception as exc:
-            log.exception("bug in the link of image %s", link.entry.image_id)
-            link.stop_serving()
-            link.failed(f"internal error: {type(exc).__name__}", jitter=1.0)
+            with guarded(log, "bug in the link of image %s", link.entry.image_id) as guard:
+                await self._go_on(link)
+            if guard.bug is not None:
+                link.stop_serving()
+                link.failed(f"internal error: {type(guard.bug).__name__}", jitter=1.0)
         finally:
             link.is_running = False
             link.tell()
+            self.changed()
+
+    async def _go_on(self, link: Link) -> None:
+        """Return when nothing is noted of the link and nobody wants it, or that is left to the next server."""
+        while True:
+            if link.source is not None:
+                await self._serve(link)
+            elif link.record is not None:
+                if not await self._settle(link):
+                    break
+            elif self.is_wanted(link):
+                await self._begin(link)
+            elif link.connection_fd is not None:
+                await self._steps.forget_connection(link)
+            else:
+                # Nothing is awaited from here to the end: a wish that comes after it finds no task.
+                if link.state != "refused":
+                    link.set("none")
+                break
             self.changed()
 
     async def _begin(self, link: Link) -> None:

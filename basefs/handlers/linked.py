@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from basefs.cache.hit_buffer import HIT_BYTES_MAX, hit_target
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.threads import BlockingCalls
 from basefs.handlers.base import Patience, PreparedImage
@@ -63,7 +64,7 @@ class VolumeSource:
         """See `ChunkFile.hit_into`."""
         return self._read_now([target], offset)
 
-    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
+    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes | memoryview:
         """See `ImageFetcher.read`, which has the last word."""
         until = trio.current_time() + deadline_s
         data = await self.volume_read(offset, length, limit_s=min(HANG_S, deadline_s / 2))
@@ -133,6 +134,10 @@ class ReopeningImage:
     def size(self) -> int:
         """See `PreparedImage.size`."""
         return self._entry.shown_size
+
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002 (what comes next may have one)
+        """See `PreparedImage.share`."""
+        return None
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes | memoryview:
         """See `PreparedImage.read`."""

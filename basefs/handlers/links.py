@@ -12,6 +12,7 @@ import trio
 
 from basefs import errors
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 from basefs.core.escrow import Escrow, HeldFd
 from basefs.core.retry import backoff_s
 from basefs.handlers.base import LinkReport, LinkState
@@ -54,6 +55,7 @@ class Links:
         self.tasks = LinkTasks(steps, uses, settings, nursery)
         self._links: dict[int, Link] = {}
         self._reopen_until = 0.0
+        steps.ask_before_replays(self.expects_volume)
 
     # --- what others see --------------------------------------------------------------------------------
 
@@ -74,6 +76,14 @@ class Links:
             return False
         is_pending = link.state == "broken" and link.failures <= PENDING_FAILURES_MAX and link.is_running
         return link.image is not None or link.is_under_way or is_pending
+
+    def expects_volume(self, entry: ImageEntry) -> bool:
+        """Whether an image that is opened now will be linked, as far as is known without asking anybody."""
+        link = self._links.get(entry.number)
+        if not self._settings.is_on or (link is not None and link.state in ("refused", "broken")):
+            return False
+        was_linked = link is not None and link.linked_at is not None
+        return was_linked or entry.local.link is not None or entry.local.no_volume == ""
 
     def states(self) -> Counter[LinkState]:
         """How many images stand where; those of no interest are left out."""
@@ -122,6 +132,8 @@ class Links:
         if link is not None:
             link.keep_until = trio.current_time()
             self.tasks.wake(link)
+            # Nova removes a base after its last instance, whose overlay was seen by the look of a minute ago.
+            self._uses.overlays.look_soon()
 
     def look(self, entry: ImageEntry | None = None) -> None:
         """The uses of the image, or of all, may have changed."""
@@ -208,18 +220,16 @@ class Links:
     async def run(self) -> None:
         """Remove what is this host's in Cinder and noted nowhere, once. Ends with that, or when it is cancelled."""
         failures = 0
-        while True:
-            try:
-                await self.steps.remove_unknown(lambda: list(self._entries()))
-            except errors.VolumeError as exc:
-                failures += 1
-                log.debug("not known what this host has attached: %s", exc)
-                await trio.sleep(backoff_s(failures, base_s=10.0, cap_s=600.0, jitter=0.5))
-            except Exception:  # no bug in linking may end the server that guests read from
-                log.exception("bug in the look for what this host has attached")
-                return
-            else:
-                return
+        with guarded(log, "bug in the look for what this host has attached"):
+            while True:
+                try:
+                    await self.steps.remove_unknown(lambda: list(self._entries()))
+                except errors.VolumeError as exc:
+                    failures += 1
+                    log.debug("not known what this host has attached: %s", exc)
+                    await trio.sleep(backoff_s(failures, base_s=10.0, cap_s=600.0, jitter=0.5))
+                else:
+                    return
 
     async def close(self) -> None:
         """Detach everything, within END_LIMIT_S: the mount is gone. What is left is noted."""

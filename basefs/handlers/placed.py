@@ -17,6 +17,7 @@ import trio
 
 from basefs import errors
 from basefs.catalog.records import ImageEntry
+from basefs.concurrency.guarded import guarded
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.escrow import Escrow, HeldFd
 from basefs.core.location_kinds import kind_of
@@ -184,14 +185,14 @@ class PlacedImages:
     async def _run(self, place: _Place) -> None:
         """Ends when the image is read in place, or is not to be, or nobody uses it; cancelled with the service."""
         try:
-            while True:
-                await trio.sleep_until(place.retry_at)
-                await self._open(place)
-                if place.state != "failed" or not self._uses.why_in_use(place.entry):
-                    break
-        except Exception as exc:  # no bug here may end the server that guests read from
-            log.exception("bug in reading image %s in place", place.entry.image_id)
-            self._refuse(place, f"internal error: {type(exc).__name__}")
+            with guarded(log, "bug in reading image %s in place", place.entry.image_id) as guard:
+                while True:
+                    await trio.sleep_until(place.retry_at)
+                    await self._open(place)
+                    if place.state != "failed" or not self._uses.why_in_use(place.entry):
+                        break
+            if guard.bug is not None:
+                self._refuse(place, f"internal error: {type(guard.bug).__name__}")
         finally:
             place.is_running = False
             self.changed()

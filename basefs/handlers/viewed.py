@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from basefs.cache.reader_table import ReaderTable, Share
 from basefs.handlers.base import Patience
 from basefs.views.qcow2 import Qcow2View
 from basefs.views.stored import StoredView
@@ -18,6 +19,10 @@ class ViewedImage:
     def size(self) -> int:
         """See `PreparedImage.size`."""
         return self._view.size
+
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002 (a linked image has none)
+        """See `PreparedImage.share`."""
+        return None
 
     async def read(self, offset: int, size: int, patience: Patience) -> bytes | memoryview:
         """See `PreparedImage.read`."""

@@ -1,5 +1,6 @@
 """The cache's objects, built together: accountant, evictor, disk health, overlays, and the handler over them."""
 
+import dataclasses
 import logging
 import random
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from basefs.cache.evictor import EvictionCounters, Evictor
 from basefs.cache.fetch_services import FetchCounters, FetchServices
 from basefs.cache.overlays import OverlayWatch
 from basefs.cache.pace import Pace
+from basefs.cache.reader_table import ReaderTable
 from basefs.cache.space import CacheLimits, CacheSpace
+from basefs.cache.trace_sharing import Publish, TraceSharing
 from basefs.cache.trace_store import TraceStore
 from basefs.cache.unstored import UnstoredChunks
 from basefs.catalog.glance_catalog import Catalog
@@ -65,6 +68,18 @@ class CacheParts:
             "evicted_chunks": counters.chunks,
             "evicted_images": counters.images,
             "unstored_bytes": counters.unstored_bytes,
+            "planner": self._planner(),
+        }
+
+    def _planner(self) -> dict[str, Any]:
+        """What is known of the way to the source, how requests are made because of it, and how many were hedged."""
+        estimate, hedges = self.services.link.estimate, self.services.hedges
+        return {
+            "first_byte_s": None if estimate.first_byte_s is None else round(estimate.first_byte_s, 6),
+            "bytes_s": None if estimate.bytes_s is None else int(estimate.bytes_s),
+            **dataclasses.asdict(estimate.parameters),
+            "hedged": hedges.hedged,
+            "hedges_won": hedges.won,
         }
 
 
@@ -80,6 +95,8 @@ async def build_cache(
     blame: Callable[[ImageEntry], None],
     is_first: bool,
     graduated: GraduatedImages,
+    publish_trace: Publish,
+    reader_table: ReaderTable,
 ) -> CacheParts:
     """The parts, at work in the service nursery. What is there already is counted meanwhile; only writes wait for it.
 
@@ -94,6 +111,8 @@ async def build_cache(
     evictor = Evictor(space, disk, EvictionCounters())
     health.relieve = evictor.relieve
     views = Views(settings.view)
+
+    sharing = None if settings.trace_share == "none" else TraceSharing(publish_trace, nursery, random.random)
 
     def forget(entry: ImageEntry) -> None:
         views.forget(entry)
@@ -113,11 +132,12 @@ async def build_cache(
         health=health,
         evictor=evictor,
         unstored=UnstoredChunks(),
-        traces=TraceStore(settings.cache_dir / "traces", disk),
+        traces=TraceStore(settings.cache_dir / "traces", disk, sharing),
         good_at=source.good_at,
         blame=blame,
         outage=outage,
         forget_pages=forget,
+        reader_table=reader_table,
         pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),
     )
     handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views, graduated=graduated)

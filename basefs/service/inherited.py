@@ -7,7 +7,8 @@ from pathlib import Path
 
 import trio
 
-from basefs.cache import state_copy
+from basefs.cache import reader_table, state_copy
+from basefs.cache.reader_table import ReaderTable
 from basefs.cache.state_db import StateDatabase
 from basefs.catalog.glance_catalog import Catalog
 from basefs.concurrency.threads import BlockingCalls
@@ -83,6 +84,19 @@ async def open_open_table(channel: KeeperChannel) -> OpenTable:
         return OpenTable(fd, trio.current_time, after_answer)
     finally:
         os.close(fd)
+
+
+async def open_reader_table(channel: KeeperChannel) -> ReaderTable:
+    """The table that readers look at, or a new one, which is left with the keeper before any reader has it."""
+    for held in channel.take(reader_table.KEY):
+        try:
+            return ReaderTable(held.fd)
+        except ValueError as exc:
+            log.info("the table of images that readers serve is begun anew: %s", exc)
+            os.close(held.fd)
+    fd = reader_table.new_table()
+    await channel.hold(reader_table.KEY, "", fd)
+    return ReaderTable(fd)
 
 
 def _highest_number(chunks_dir: Path) -> int:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MESSAGE_BYTES_MAX = 64 * 1024
 FDS_MAX = 253
 """Linux puts no more into one datagram (SCM_MAX_FD)."""
+READER_FDS = 3
 HOLD_WAIT_S = 1.0
 """A keeper that takes nothing for so long (it was stopped, say) keeps no open(2) on the mount waiting."""
 
@@ -53,6 +54,8 @@ class KeeperChannel:
         self.begun: dict[str, Any] = {}
         self.is_connected = True
         """Whether the keeper lives, as far as is known."""
+        self.on_reader: Callable[[int, list[int]], None] = _close_all
+        """Called with each reader that the keeper connects: its number, and its fds, which are the callee's."""
         self.is_stopped = False
         """Whether it said `stop`: the mount stays, another server takes over."""
 
@@ -165,6 +168,9 @@ class KeeperChannel:
         with contextlib.suppress(errors.MountError):
             while True:
                 message, fds = await self.receive()
+                if message.get("type") == "reader" and len(fds) == READER_FDS:
+                    self.on_reader(int(message.get("number", 0)), fds)
+                    continue
                 for fd in fds:
                     os.close(fd)
                 if message.get("type") == "ping":
@@ -194,6 +200,11 @@ class KeeperChannel:
                 first.sent.set()
                 for fd in first.fds:
                     os.close(fd)
+
+
+def _close_all(_number: int, fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:

@@ -4,6 +4,7 @@ Nothing here knows Prometheus, and nothing below the service knows metrics. `tak
 `metrics_text` makes the answer of it in a thread.
 """
 
+import dataclasses
 import logging
 import time
 from collections import Counter
@@ -28,10 +29,12 @@ from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.linking import Linking
 from basefs.service.metrics_table import Sample
+from basefs.service.readers import Readers
 from basefs.sources.access import GlanceAccess
 from basefs.sources.choice import SourceChoice
 from basefs.sources.glance import GlanceSource
 from basefs.sources.request_stats import RequestKind
+from basefs.sources.tier import CacheTierSource
 
 IMAGES_MAX = 200
 """Images with series of their own: those used here, the last used first. A node runs fewer; Prometheus keeps each."""
@@ -78,6 +81,7 @@ class MetricsParts:
     source: SourceChoice
     glance: GlanceSource
     placed: PlacedImages | None
+    tier: CacheTierSource | None
     access: GlanceAccess
     operations: Operations
     counters: FetchCounters
@@ -87,6 +91,7 @@ class MetricsParts:
     integrity: Integrity
     graduator: Graduator
     linking: Linking
+    readers: Readers
     is_serving: Callable[[], bool]
 
 
@@ -126,6 +131,10 @@ class Metrics:
         yield "basefs_server_restarts_total", (), begun.get("restarts", 0)
         yield "basefs_server_start_info", (str(begun.get("reason", "first")), str(begun.get("last_death") or "")), 1
         yield "basefs_keeper_connected", (), float(parts.channel.is_connected)
+        by_readers = parts.readers.counts()
+        yield "basefs_readers", (), by_readers["readers"]
+        yield "basefs_reader_hits_total", (), by_readers["hits"]
+        yield "basefs_reader_forwarded_total", (), by_readers["forwarded"]
         for level in ("warning", "error", "critical"):
             yield "basefs_log_records_total", (level,), parts.records.counts[level]
         yield "basefs_log_records_lost_total", (), parts.records.lost
@@ -144,12 +153,14 @@ class Metrics:
 
     def _cache(self) -> Iterator[Sample]:
         parts = self._parts
-        yield "basefs_cache_hits_total", (), parts.operations.hits
+        by_readers = parts.readers.counts()
+        yield "basefs_cache_hits_total", (), parts.operations.hits + by_readers["hits"]
         yield "basefs_cache_misses_total", (), parts.operations.misses
-        yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes
+        yield "basefs_cache_hit_bytes_total", (), parts.operations.hit_bytes + by_readers["hit_bytes"]
         yield "basefs_cache_damaged_chunks_total", (), parts.counters.damaged_chunks
         yield "basefs_replayed_bytes_total", (), parts.counters.replayed_bytes
         yield "basefs_hydrated_bytes_total", (), parts.counters.hydrated_bytes
+        yield from self._planner()
         yield "basefs_verified_images_total", (), parts.counters.verified_images
         yield "basefs_hash_mismatches_total", (), parts.counters.mismatches
 
@@ -160,6 +171,18 @@ class Metrics:
             yield "basefs_scrub_damaged_chunks_total", (), scrub.damaged_chunks
             if scrub.last_round_at is not None:
                 yield "basefs_scrub_round_timestamp_seconds", (), scrub.last_round_at
+
+    def _planner(self) -> Iterator[Sample]:
+        services = self._parts.cache.services
+        estimate, hedges = services.link.estimate, services.hedges
+        yield "basefs_hedged_requests_total", (), hedges.hedged
+        yield "basefs_hedges_won_total", (), hedges.won
+        if estimate.first_byte_s is not None:
+            yield "basefs_source_first_byte_seconds", (), estimate.first_byte_s
+        if estimate.bytes_s is not None:
+            yield "basefs_source_bytes_per_second", (), estimate.bytes_s
+        for name, value in dataclasses.asdict(estimate.parameters).items():
+            yield "basefs_fetch_parameters", (name,), value
 
     def _space(self) -> Iterator[Sample]:
         cache = self._parts.cache
@@ -204,6 +227,11 @@ class Metrics:
         for name, histogram in http.durations().items():
             yield "basefs_glance_request_duration_seconds", (name,), histogram
         yield "basefs_glance_received_bytes_total", (), parts.glance.received_bytes
+        if parts.tier is not None:
+            yield "basefs_cache_tier_requests_total", (), parts.tier.tier.requests
+            yield "basefs_cache_tier_received_bytes_total", (), parts.tier.tier.received_bytes
+            yield "basefs_cache_tier_failovers_total", (), parts.tier.failovers
+            yield "basefs_cache_tier_away", (), float(not parts.tier.is_used)
         if parts.access.contact.reachable is not None:
             yield "basefs_glance_reachable", (), float(parts.access.contact.reachable)
         endpoints = parts.access.endpoints

@@ -26,6 +26,9 @@ _SERVER = (
     Metric("basefs_server_restarts_total", "counter", "Servers that were started again since the mount was made."),
     Metric("basefs_server_start_info", "gauge", "Always 1; why this server was started.", ("reason", "last_death")),
     Metric("basefs_keeper_connected", "gauge", "1 while the keeper, which starts the next server, lives."),
+    Metric("basefs_readers", "gauge", "Processes that answer reads of cached images by themselves."),
+    Metric("basefs_reader_hits_total", "counter", "Reads that they answered; counted in basefs_cache_hits_total, too."),
+    Metric("basefs_reader_forwarded_total", "counter", "Requests that they handed on to the server."),
     Metric("basefs_log_records_total", "counter", "Records of basefs of WARNING and above.", ("level",)),
     Metric("basefs_log_records_lost_total", "counter", "Records that the log did not take."),
     Metric("basefs_bugs_total", "counter", "Exceptions that nobody foresaw; each left a traceback in the log."),
@@ -60,6 +63,13 @@ _CACHE = (
     Metric("basefs_cache_damaged_chunks_total", "counter", "Chunks that did not fit their checksum; fetched again."),
     Metric("basefs_hydrated_bytes_total", "counter", "Bytes that were fetched to complete images in use."),
     Metric("basefs_replayed_bytes_total", "counter", "Bytes that were fetched ahead because a boot trace has them."),
+    Metric("basefs_hedged_requests_total", "counter", "Second requests for late bytes that a read waited for."),
+    Metric("basefs_hedges_won_total", "counter", "Those that were quicker than the first."),
+    Metric(
+        "basefs_source_first_byte_seconds", "gauge", "How long a request takes to begin, when nothing else is asked."
+    ),
+    Metric("basefs_source_bytes_per_second", "gauge", "How fast bytes of images come, all requests together."),
+    Metric("basefs_fetch_parameters", "gauge", "How requests are made because of these two.", ("parameter",)),
     Metric("basefs_verified_images_total", "counter", "Images found to have the hash that Glance tells."),
     Metric("basefs_hash_mismatches_total", "counter", "Images found to have another; fetched again once."),
 )
@@ -87,6 +97,12 @@ _GLANCE = (
     Metric("basefs_glance_request_duration_seconds", "histogram", "Time to the head of an answer.", ("kind",)),
     Metric("basefs_glance_received_bytes_total", "counter", "Bytes of images that came from Glance."),
     Metric("basefs_glance_reachable", "gauge", "1 when the last contact with Glance succeeded, 0 when it failed."),
+    Metric(
+        "basefs_cache_tier_requests_total", "counter", "Ranges that the cache tier in front of Glance was asked for."
+    ),
+    Metric("basefs_cache_tier_received_bytes_total", "counter", "Bytes of images that came from the cache tier."),
+    Metric("basefs_cache_tier_failovers_total", "counter", "Ranges that it was asked for, and Glance gave."),
+    Metric("basefs_cache_tier_away", "gauge", "1 while the cache tier is not used because it failed."),
     Metric("basefs_endpoint_away", "gauge", "1 while probes of Glance or Keystone fail.", ("endpoint",)),
     Metric("basefs_outage", "gauge", "1 while nothing is fetched: Glance is away, or Keystone and no token is left."),
     Metric("basefs_catalog_refreshed_timestamp_seconds", "gauge", "When the image catalog was last refreshed."),

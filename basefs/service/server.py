@@ -16,6 +16,7 @@ import os
 import pwd
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -45,18 +46,22 @@ from basefs.service.cache_parts import STREAMS_MAX, build_cache
 from basefs.service.drain import Drain
 from basefs.service.graduation_parts import build_graduator
 from basefs.service.hydration import build_hydrator
-from basefs.service.inherited import open_database, open_graduated, open_lower_tree, open_open_table
+from basefs.service.inherited import open_database, open_graduated, open_lower_tree, open_open_table, open_reader_table
 from basefs.service.integrity import Integrity
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.service.last_config import Loaded
 from basefs.service.linking import Linking, build_linking
 from basefs.service.metrics import Metrics, MetricsParts, count_records, run_metrics
 from basefs.service.process import outlive_keeper
-from basefs.service.session import serve_session
+from basefs.service.readers import Readers
+from basefs.service.session import SYNCHRONOUS_MAX, serve_session
 from basefs.service.sourcing import Sourcing
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
+from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
+from basefs.sources.tier import CacheTierSource
+from basefs.sources.tier_http import open_tier
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +104,9 @@ class Service:
 
     async def _serve(self, nursery: trio.Nursery, database: StateDatabase, lower: LowerTree) -> None:
         settings = self._settings
+        metadata = GlanceMetadata(self._access, with_boot_traces=settings.trace_share == "glance")
         catalog = Catalog(
-            GlanceMetadata(self._access),
+            metadata,
             database,
             nursery,
             refresh_s=settings.catalog_refresh_s,
@@ -110,10 +116,15 @@ class Service:
         )
         await catalog.load()
         counters = FetchCounters()
-        sourcing = Sourcing(self._access, settings, self._loaded.conf, catalog, nursery, lambda: cache.handler)
+        glance = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        tier = self._over_tier(glance, nursery)
+        sourcing = Sourcing(
+            self._access, tier or glance, settings, self._loaded.conf, catalog, nursery, lambda: cache.handler
+        )
         source = sourcing.source
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
+        reader_table = await open_reader_table(self._channel)
         graduated = await open_graduated(self._arguments.lower_fd, self._channel, nursery, catalog)
         linking: Linking | None = None
 
@@ -122,6 +133,8 @@ class Service:
             sourcing.distrust(entry)
             if linking is not None:
                 linking.distrust(entry)
+            if tier is not None:
+                tier.pass_by(entry.image_id)
 
         cache = await build_cache(
             nursery,
@@ -134,6 +147,8 @@ class Service:
             blame=sourcing.blame,
             is_first=is_first,
             graduated=graduated,
+            publish_trace=metadata.set_boot_trace,
+            reader_table=reader_table,
         )
         handler = cache.handler
         inner = await sourcing.place(cache, self._channel, nursery)
@@ -196,14 +211,18 @@ class Service:
         virtual.restore(self._channel.take(VIRTUAL_PREFIX))
         directories = Directories(lower, images, virtual, nova_uid=_uid_of(settings.nova_user))
         view.operations = Operations(lower, images, virtual, directories)
+        readers = Readers(view.operations, images, reader_table, requests_max=settings.max_background + SYNCHRONOUS_MAX)
+        # Places of readers that an earlier server wanted may still have some, for a moment.
+        is_shared = settings.readers > 0 or int(self._channel.begun.get("reader_places", 0)) > 0
         metrics = Metrics(
             MetricsParts(
                 catalog=catalog,
                 gate=gate,
                 handler=handler,
                 source=source,
-                glance=sourcing.glance,
+                glance=glance,
                 placed=sourcing.placed,
+                tier=tier,
                 access=self._access,
                 operations=view.operations,
                 counters=counters,
@@ -213,6 +232,7 @@ class Service:
                 integrity=integrity,
                 graduator=graduator,
                 linking=linking,
+                readers=readers,
                 is_serving=lambda: view.state == "serving",
             )
         )
@@ -226,7 +246,11 @@ class Service:
         try:
             async with trio.open_nursery() as session:
                 await session.start(
-                    serve_session, view.operations, self._arguments.session_fd, self._channel, settings.max_background
+                    partial(serve_session, readers=readers if is_shared else None),
+                    view.operations,
+                    self._arguments.session_fd,
+                    self._channel,
+                    settings.max_background,
                 )
                 view.state = "serving"
                 log.info("serving %s with %d known images", settings.mountpoint, len(catalog))
@@ -247,6 +271,12 @@ class Service:
         await linking.handler.close()
         await source.close()
         await self._channel.flush()
+
+    def _over_tier(self, glance: GlanceSource, nursery: trio.Nursery) -> CacheTierSource | None:
+        """Glance behind the cache tier that is configured; None: there is none."""
+        tier = open_tier(self._loaded.conf, self._access, threads_max=self._settings.fetch_threads_max)
+        outage = self._access.endpoints.outage
+        return None if tier is None else CacheTierSource(tier, glance, nursery, outage=outage)
 
     def _file_settings(self) -> ImageFileSettings:
         settings = self._settings

@@ -7,12 +7,17 @@ over which the keeper sends the kernel's FUSE_INIT; then the `/dev/fuse` fd take
 import errno
 import logging
 import os
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pyfuse3
 import trio
 
 from basefs.fuse import session_waits
+from basefs.fuse.operations import Operations
+from basefs.fuse.request_loop import RequestLoop
 from basefs.service.keeper_channel import KeeperChannel
+from basefs.service.readers import Readers
 
 SYNCHRONOUS_MAX = 1000
 """Requests worked on at a time beside `max_background` asynchronous ones, so that `stat` and `ls` never wait for reads
@@ -30,16 +35,18 @@ class _RepliesToNobody(logging.Filter):
 
 
 async def serve_session(
-    operations: pyfuse3.Operations,
+    operations: Operations,
     session_fd: int,
     channel: KeeperChannel,
     max_background: int,
     *,
+    readers: Readers | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer the kernel until the mount is gone or the keeper says `stop`. Reports started when requests are answered.
 
-    The kernel has at most `max_background` asynchronous requests open at a time.
+    The kernel has at most `max_background` asynchronous requests open at a time. `readers` are on the same connection;
+    without them pyfuse3 takes the requests.
 
     Raises:
         MountError: the keeper ended during the handshake.
@@ -58,18 +65,32 @@ async def serve_session(
         # Nobody waits on the socket now, so epoll forgets it cleanly.
         os.dup2(fuse_fd, session_fd)
         os.close(fuse_fd)
+        os.set_blocking(session_fd, readers is None)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_main_then_cancel, max_background + SYNCHRONOUS_MAX, nursery.cancel_scope)
+            serve = _requests_of(operations, session_fd, max_background + SYNCHRONOUS_MAX, readers)
+            nursery.start_soon(_serve_then_cancel, serve, nursery.cancel_scope)
             nursery.start_soon(_cancel_at_stop, channel, nursery.cancel_scope)
+            if readers is not None:
+                channel.on_reader = readers.connect
+                nursery.start_soon(readers.run)
             channel.send({"type": "ready"})
             task_status.started()
     finally:
         pyfuse3.close(unmount=False)
 
 
-async def _main_then_cancel(tasks_max: int, scope: trio.CancelScope) -> None:
+def _requests_of(
+    operations: Operations, session_fd: int, tasks_max: int, readers: Readers | None
+) -> Callable[[], Awaitable[None]]:
+    """What answers the kernel's requests until the session is over."""
+    if readers is None:
+        return partial(pyfuse3.main, max_tasks=tasks_max)
+    return RequestLoop(operations, session_fd, readers.room, is_alone=lambda: readers.is_none).run
+
+
+async def _serve_then_cancel(serve: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
     """Ends when the session does."""
-    await pyfuse3.main(max_tasks=tasks_max)
+    await serve()
     scope.cancel()
 
 

@@ -17,29 +17,30 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.file_placing import FilePlacingTemplateImageHandler
 from basefs.handlers.placed import PREFIX as PLACED_PREFIX
 from basefs.handlers.placed import PlacedImages, PlaceFinder
-from basefs.service.cache_parts import STREAMS_MAX, CacheParts
+from basefs.service.cache_parts import CacheParts
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.sources.access import GlanceAccess
+from basefs.sources.base import ImageSource
 from basefs.sources.choice import SourceChoice
 from basefs.sources.file_locations import FileLocations
-from basefs.sources.glance import GlanceSource
 from basefs.sources.locations import GlanceLocations
 from basefs.sources.stores import open_stores
 
 
 class Sourcing:
-    """`source` is what images are read through; `glance` is the part of it that is Glance's."""
+    """`source` is what images are read through."""
 
     def __init__(
         self,
         access: GlanceAccess,
+        glance: ImageSource,
         settings: Settings,
         conf: ConfigOpts,
         catalog: Catalog,
         nursery: trio.Nursery,
         handler: Callable[[], DownloadingTemplateImageHandler],
     ) -> None:
-        """`handler()` gives the handler that keeps what was read, once something is read.
+        """`glance` is the part of it that is Glance's; `handler()` keeps what was read, once something is.
 
         Raises:
             ConfigError: a store's section is not usable.
@@ -50,9 +51,8 @@ class Sourcing:
         self.placed: PlacedImages | None = None
         """The images that are read in place; None where none are."""
         self._held: list[HeldFd] = []
-        self.glance = GlanceSource(access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
         self.source = SourceChoice(
-            self.glance,
+            glance,
             open_stores(settings, conf, threads_max=settings.fetch_threads_max),
             GlanceLocations(access).locations,
             order=sorted(set(SOURCE_NAMES) & set(settings.source_order), key=settings.source_order.index),

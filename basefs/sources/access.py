@@ -1,6 +1,7 @@
 """The one way to Glance: a session, whether its endpoints are there, and who we are."""
 
 import http
+import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from basefs.concurrency.exchange import EndpointName, Exchange, asking, run_inte
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.safe_text import safe_text
 from basefs.sources.endpoints import Contact, Endpoints
-from basefs.sources.http_errors import error_of_status, retry_after_s, translated
+from basefs.sources.http_errors import error_of_status, retry_after_s, text_of_body, translated
 from basefs.sources.session import GlanceSession, http_session, without_version
 from basefs.sources.tokens import TokenLife
 
@@ -164,11 +165,33 @@ class GlanceAccess:
         with translated(f"GET {path}"):
             return self._request(path, headers, stream=True)
 
-    def _request(self, path: str, headers: dict[str, str], **options: Any) -> requests.Response:  # noqa: ANN401
+    def patch(self, path: str, change: list[dict[str, str]], what: str) -> None:
+        """Have Glance change an image by a JSON patch. Blocks: for threads.
+
+        Raises:
+            ImageNotFoundError, SourceForbiddenError, SourceUnavailableError: it did not.
+        """
+        headers = {"Content-Type": "application/openstack-images-v2.1-json-patch"}
+        with translated(f"PATCH {path}"):
+            response = self._request(path, headers, method="PATCH", data=json.dumps(change))
+        if response.status_code != http.HTTPStatus.OK:
+            detail = text_of_body(response.content)
+            raise error_of_status(
+                response.status_code, what, detail=detail, retry_after=retry_after_s(response.headers)
+            )
+
+    def _request(
+        self,
+        path: str,
+        headers: dict[str, str],
+        *,
+        method: str = "GET",
+        **options: Any,  # noqa: ANN401
+    ) -> requests.Response:
         adapter = self.adapter_options
         return self.session.request(
             path,
-            "GET",
+            method,
             endpoint_override=adapter["endpoint_override"],
             endpoint_filter={key: adapter[key] for key in ("service_type", "service_name", "interface", "region_name")},
             headers=headers,

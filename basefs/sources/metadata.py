@@ -4,9 +4,11 @@ import http
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from basefs import errors
 from basefs.core.safe_text import safe_text
+from basefs.core.trace_property import PROPERTY, PROPERTY_CHARS_MAX
 from basefs.sources.access import GlanceAccess
 from basefs.sources.http_errors import error_of_status, text_of_error, translated
 
@@ -41,8 +43,10 @@ _NOT_GLANCE = (ValueError, TypeError, LookupError, AttributeError, RecursionErro
 class GlanceMetadata:
     """Lists and shows images. Every image is a dictionary with the fields of Glance that basefs uses."""
 
-    def __init__(self, access: GlanceAccess) -> None:
+    def __init__(self, access: GlanceAccess, *, with_boot_traces: bool = False) -> None:
+        """`with_boot_traces`: the images' property of that name, too, if it is not longer than one of ours."""
         self._access = access
+        self._with_boot_traces = with_boot_traces
         self._client: client.Client | None = None
 
     async def list_images(self, *, updated_since: str | None = None) -> list[Mapping[str, Any]]:
@@ -64,6 +68,16 @@ class GlanceMetadata:
             SourceForbiddenError, SourceUnavailableError: it could not be had.
         """
         return await self._access.call_metadata(self._show, image_id)
+
+    async def set_boot_trace(self, image_id: str, text: str) -> None:
+        """Have Glance keep `text` as the image's property.
+
+        Raises:
+            ImageNotFoundError: Glance has no such image, or does not show it to us.
+            SourceForbiddenError: we may not change it: it takes the role admin, or member in the project of its owner.
+            SourceUnavailableError: it was not possible now, or Glance takes no more properties of the image.
+        """
+        await self._access.call_metadata(self._set_boot_trace, image_id, text)
 
     # --- in threads ----------------------------------------------------------------------------------
 
@@ -90,14 +104,25 @@ class GlanceMetadata:
             # 1,004 images then held 84 of them twice and 84 not at all.
             found = self._glance().images.list(filters=filters, page_size=PAGE_IMAGES, sort=SORT)
             for image in found:
-                images.append(_fields_of(image))
+                images.append(self._fields_of(image))
                 if len(images) > IMAGES_MAX:
                     raise errors.SourceUnavailableError(f"list of images: more than {IMAGES_MAX}")
         return images
 
     def _show(self, image_id: str) -> Mapping[str, Any]:
         with _glanceclient_translated(f"image {image_id}"):
-            return _fields_of(self._glance().images.get(image_id))
+            return self._fields_of(self._glance().images.get(image_id))
+
+    def _set_boot_trace(self, image_id: str, text: str) -> None:
+        change = [{"op": "add", "path": f"/{PROPERTY}", "value": text}]  # "add" replaces what is there
+        self._access.patch(f"/v2/images/{quote(image_id, safe='')}", change, f"image {image_id}")
+
+    def _fields_of(self, image: Mapping[str, Any]) -> Mapping[str, Any]:
+        fields = {name: image[name] for name in _FIELDS if name in image}
+        trace = image.get(PROPERTY) if self._with_boot_traces else None
+        if isinstance(trace, str) and len(trace) <= PROPERTY_CHARS_MAX:
+            fields[PROPERTY] = trace
+        return fields
 
     def _glance(self) -> "client.Client":
         if self._client is None:
@@ -106,10 +131,6 @@ class GlanceMetadata:
 
             self._client = client.Client(session=self._access.session, **self._access.adapter_options)
         return self._client
-
-
-def _fields_of(image: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {name: image[name] for name in _FIELDS if name in image}
 
 
 @contextmanager

@@ -5,15 +5,17 @@ an endpoint until it answers, an image at one that does when the image is wanted
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
 from basefs import errors
+from basefs.concurrency.guarded import guarded
 from basefs.observability import ConditionLog
 from basefs.sources.delivery import Delivery
 from basefs.sources.starts import START_BYTES
-from basefs.sources.ways import Way
+from basefs.sources.ways import OpenedObject, Way
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class StoreReads:
                 def alive() -> None:
                     limit.deadline = trio.current_time() + SILENCE_S
 
-                async with way.reading(compares=header is None) as opened:
+                async with self._reading(way, compares=header is None) as opened:
                     await opened.found.fetch_range(
                         offset=delivery.at, length=delivery.left, piece_bytes=piece_bytes, deliver=delivery.turn(alive)
                     )
@@ -65,6 +67,19 @@ class StoreReads:
             way.delivered_bytes += delivery.at - begun_at
         self._answered(way)
         return True
+
+    @asynccontextmanager
+    async def _reading(self, way: Way, *, compares: bool) -> AsyncIterator[OpenedObject]:
+        """As `Way.reading`; a bug in the store's code, which was logged, is a failure of the store."""
+        title = way.endpoint.title
+        try:
+            with guarded(log, "bug in %s, for image %s", title, way.image_id, foreseen=(errors.BasefsError,)) as guard:
+                async with way.reading(compares=compares) as opened:
+                    yield opened
+        except errors.InternalError as exc:
+            raise errors.SourceUnavailableError(str(exc), may_be_away=True) from exc
+        if guard.bug is not None:
+            raise errors.SourceUnavailableError(f"a bug: {type(guard.bug).__name__}", may_be_away=True)
 
     def try_again(self, way: Way) -> None:
         """Find out, in a task of its own, if the way, whose endpoint answers, is good again."""
@@ -94,16 +109,13 @@ class StoreReads:
         """Ends within FIRST_PIECE_S."""
         try:
             with trio.move_on_after(FIRST_PIECE_S):
-                async with way.reading() as opened:
+                async with self._reading(way, compares=True) as opened:
                     await opened.found.fetch_range(offset=0, length=1, piece_bytes=1, deliver=_take_no_more)
                 self._answered(way)
                 return
             self._failed(way, errors.SourceUnavailableError(f"no answer for {FIRST_PIECE_S:g} s", may_be_away=True))
         except errors.SourceError as exc:
             self._failed(way, exc)
-        except Exception:  # no bug in a store may end the server that guests read from
-            log.exception("bug in a try of %s for image %s", way.endpoint.title, way.image_id)
-            self._failed(way, errors.SourceUnavailableError("a bug", may_be_away=True))
 
     def _failed(self, way: Way, error: errors.SourceError) -> None:
         endpoint = way.endpoint

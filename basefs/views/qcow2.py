@@ -50,11 +50,36 @@ class Qcow2View:
         self._slices = memory.slices
         self._clusters = clusters
         self._last: tuple[int, Qcow2Layout | None, array[int]] = -1, None, _ALL_ZEROS
+        self._missed: tuple[int, int, int, Extent] | None = None
+        """The one compressed extent that the last `hit` did not find: generation, offset, end. `read` comes next."""
 
     @property
     def size(self) -> int:
         """Bytes shown; 0 until the content was checked."""
         return self._entry.local.shown_size or 0
+
+    @property
+    def layout(self) -> Qcow2Layout | None:
+        """Where tables and clusters are; None until the header was read."""
+        return self._image.layout
+
+    def when_forgotten(self, call: Callable[[], None]) -> None:
+        """Have `call` called when what was read of the image may have been wrong."""
+        self._image.forgotten = call
+
+    def known_extents(self, offset: int) -> list[Extent] | None:
+        """Where the cluster of the disk at `offset`, its first byte, is; None when its table is not in memory.
+
+        Raises:
+            Qcow2TableError: its entry cannot be.
+        """
+        layout = self._image.layout
+        if layout is None:
+            return None
+        table = self._slices.get((self._number, offset >> layout.slice_shift))
+        if table is None:
+            return None
+        return _extents(layout, table, offset, min(offset + layout.cluster_bytes, layout.size))
 
     def hit(self, offset: int, size: int) -> memoryview | bytes | None:
         """See `PreparedImage.hit`."""
@@ -82,7 +107,10 @@ class Qcow2View:
                 extents += _extents(layout, table, begin, min(end, number + 1 << shift))
         except Qcow2TableError:  # `read` says so
             return None
-        return self._hit_of(extents, end - offset)
+        hit = self._hit_of(extents, end - offset)
+        if hit is None and len(extents) == 1 and extents[0].kind == PACKED:
+            self._missed = self._image.generation, offset, end, extents[0]
+        return hit
 
     def _table_of(self, layout: Qcow2Layout, number: int) -> "array[int] | None":
         """The slice with this number, if it is in memory. Kept at hand: reads come in neighbourhoods."""
@@ -132,12 +160,16 @@ class Qcow2View:
             end = min(offset + size, layout.size)
             if end <= offset:
                 return b""
+            missed, self._missed = self._missed, None
+            if missed is not None and missed[:3] == (self._image.generation, offset, end):
+                return await self._clusters.read_one(self._stored, self._entry, layout, missed[3], limit)
             return await self._fill(layout, await self._map(layout, offset, end, limit), limit)
         except Qcow2TableError as exc:
             raise errors.ImageDamagedError(f"image {self._entry.image_id}: {exc}") from exc
 
     async def _stored_bytes(self, offset: int, length: int, limit: ReadLimit) -> bytes:
-        return await self._stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient)
+        # A copy: the others that are brought beside it take the same buffer.
+        return bytes(await self._stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient))
 
     async def _open(self, limit: ReadLimit) -> Qcow2Layout:
         """The layout, which is kept; from the header, which says what it said when the gate looked at it."""

@@ -95,8 +95,13 @@ class ClusterReader:
         generation = image.generation
         done = trio.Event()
         self._on_their_way |= dict.fromkeys(keys, done)
+        packed: list[tuple[int, bytes | memoryview]]
         try:
-            packed = await self._packed(stored, keys, limit)
+            if len(keys) == 1:  # what most reads want
+                _, host, length = keys[0]
+                packed = [(host, await _stored_bytes(stored, host, length, limit))]
+            else:
+                packed = await self._packed(stored, keys, limit)
             batch = max(1, BATCH_BYTES_MIN // layout.cluster_bytes, -(-len(keys) // THREADS_MAX))
             calls = [
                 partial(self._threads.run, _inflated, entry.image_id, layout, packed[at : at + batch])
@@ -141,7 +146,7 @@ async def _stored_bytes(stored: ByteSource, offset: int, length: int, limit: Rea
     hit = stored.hit(offset, length)
     if hit is not None:
         return bytes(hit)
-    return await stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient)
+    return bytes(await stored.read(offset, length, deadline_s=limit.left_s(), patient=limit.patient))
 
 
 def _inflated(image_id: str, layout: Qcow2Layout, packed: list[tuple[int, bytes | memoryview]]) -> list[bytes]:

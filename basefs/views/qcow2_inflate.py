@@ -4,13 +4,16 @@ import sys
 import zlib
 from typing import Literal
 
+from zlib_ng import zlib_ng
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
-_ZLIB_WINDOW_BITS = -12
-"""Raw deflate with a window of 4 KiB."""
+_ZLIB_WINDOW_BITS = -15
+"""Raw deflate. What qemu writes has a window of 4 KiB; reading, it inflates into the whole cluster at once, so it takes
+every distance that does not go back beyond the cluster's beginning. We inflate by the piece, which takes the window."""
 _ZSTD_OPTIONS = {int(zstd.DecompressionParameter.window_log_max): 27}
 """qemu's limit (zstd's own default). Such a frame costs address space; what is written is a cluster."""
 
@@ -33,6 +36,16 @@ def inflate(packed: bytes | memoryview, cluster_bytes: int, compression: Literal
 
 
 def _inflate_zlib(packed: bytes | memoryview, cluster_bytes: int) -> bytes:
+    """zlib-ng is up to twice as fast; what it does not make a cluster of is zlib's to decide, which qemu uses.
+
+    It takes no stream that zlib refuses (DESIGN, "The raw view of qcow2 images"), but refuses some that zlib takes.
+    """
+    try:
+        data = zlib_ng.decompressobj(_ZLIB_WINDOW_BITS).decompress(packed, cluster_bytes)
+        if len(data) == cluster_bytes:
+            return data
+    except zlib_ng.error:  # type: ignore[misc]  # its stub has an instance for the class
+        pass
     return zlib.decompressobj(_ZLIB_WINDOW_BITS).decompress(packed, cluster_bytes)
 
 

@@ -5,6 +5,7 @@ been served: `forget` drops what an image has here, and what is on its way then 
 """
 
 from array import array
+from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
@@ -27,6 +28,8 @@ class ImageMemory:
     def __init__(self) -> None:
         self.layout: Qcow2Layout | None = None
         self.generation = 0
+        self.forgotten: Callable[[], None] = _nothing
+        """Called when what was read may have been wrong, after `generation` grew."""
 
 
 class Qcow2Memory:
@@ -50,11 +53,16 @@ class Qcow2Memory:
         memory = self.of(number)
         memory.layout = None
         memory.generation += 1
+        memory.forgotten()
         for tables in (self.l1_blocks, self.slices):
             for key in [key for key in tables if key[0] == number]:
                 del tables[key]
         for cluster in [cluster for cluster in self.clusters if cluster[0] == number]:
             del self.clusters[cluster]
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _table_bytes(table: "array[int]") -> int:

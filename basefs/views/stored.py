@@ -13,8 +13,8 @@ class ByteSource(Protocol):
     hit_into: Callable[[int, memoryview], bool]
     """See `ChunkFile.hit_into`."""
 
-    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes:
-        """See `ImageFetcher.read`."""
+    async def read(self, offset: int, length: int, *, deadline_s: float, patient: bool) -> bytes | memoryview:
+        """See `ImageFetcher.read`: valid until the next await."""
         ...
 
 
@@ -26,7 +26,7 @@ class StoredView:
         self.size = stored.size
         self.hit = stored.hit
 
-    async def read(self, offset: int, size: int, *, deadline_s: float, patient: bool) -> bytes:
+    async def read(self, offset: int, size: int, *, deadline_s: float, patient: bool) -> bytes | memoryview:
         """What is shown of `[offset, offset + size)`, clipped at the end; see `ImageFetcher.read` for errors."""
         length = min(size, self.size - offset)
         if length <= 0:

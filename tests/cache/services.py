@@ -8,6 +8,7 @@ import trio
 from basefs.cache.disk_health import DiskHealth
 from basefs.cache.evictor import EvictionCounters, Evictor
 from basefs.cache.fetch_services import FetchCounters, FetchServices
+from basefs.cache.link_meter import LinkMeter
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits, CacheSpace
 from basefs.cache.trace_store import TraceStore
@@ -29,8 +30,12 @@ def make_services(
     counters: FetchCounters | None = None,
     changed: Callable[[ImageEntry], None] = lambda _entry: None,
     pace: Pace | None = None,
+    link: LinkMeter | None = None,
 ) -> FetchServices:
-    """Services whose accountant has counted `directory`. The evictor's task is not started."""
+    """Services whose accountant has counted `directory`. The evictor's task is not started.
+
+    Without a `link` of the test's nothing is measured, so requests are made alike however fast the machine is.
+    """
     disk = BlockingCalls("disk", threads_max=4)
     space = CacheSpace(directory, directory, limits)
     space.count()
@@ -53,4 +58,5 @@ def make_services(
         unstored=UnstoredChunks(),
         traces=TraceStore(directory / "traces", disk),
         pace=pace or Pace(),
+        link=link or LinkMeter(clock=lambda: 0.0),
     )

@@ -1,8 +1,10 @@
 """Hydration: what is completed, in which order, how fast, and when it waits or stops."""
 
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from basefs.cache.hydrator import LOOK_PAUSE_S, LOWER_AGAIN_S, HydrationSettings
 from basefs.cache.pace import Pace
 from basefs.cache.space import CacheLimits
 from basefs.catalog.records import ImageEntry
-from basefs.core.request_size import BYTES_MIN
+from basefs.core.request_size import BYTES_FIRST
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.views.choice import Views
 from tests.cache.conftest import CHUNK
@@ -86,8 +88,14 @@ class HydratedNode(Node):
 
 @asynccontextmanager
 async def hydrated_node(
-    directory: Path, *, limits: CacheLimits | None = None, pace: Pace | None = None, is_on: bool = True
+    directory: Path,
+    *,
+    limits: CacheLimits | None = None,
+    pace: Pace | None = None,
+    is_on: bool = True,
+    look_s: float = 0.0001,
 ) -> AsyncIterator[HydratedNode]:
+    """`look_s`: what a look at all images takes."""
     source = MemorySource({})
     async with trio.open_nursery() as nursery:
         services = make_services(
@@ -98,7 +106,7 @@ async def hydrated_node(
         node = HydratedNode(handler, services, source, directory)
         node.hydrator = Hydrator(
             node, handler.warmer, node, HydrationSettings(is_on=is_on, delay_s=DELAY_S), services.outage,
-            services.changed, now_ns=node.now_ns,
+            services.changed, now_ns=node.now_ns, timer=partial(next, itertools.count(0.0, look_s)),
         )  # fmt: skip
         handler.uses_changed = node.hydrator.wake
         if limits is not None:
@@ -141,6 +149,31 @@ async def test_open_pinned_and_wanted_images_are_completed(tmp_path: Path, clock
         await node.handler.released(opened)
 
 
+async def test_an_image_that_is_wanted_just_after_a_look_is_begun_at_once(
+    tmp_path: Path, clock: trio.testing.MockClock
+) -> None:
+    async with hydrated_node(tmp_path) as node:
+        await trio.testing.wait_all_tasks_blocked()
+        node.hydrator.wake()
+        await trio.sleep(0.001)
+        begun_at = trio.current_time()
+        node.handler.warm(node.add("wanted", data_of(1)))
+        await node.wait(lambda: node.source.calls)
+        assert trio.current_time() - begun_at < 0.01
+
+
+@pytest.mark.parametrize(("look_s", "pause_s"), [(0.001, 0.05), (0.02, 1.0), (3.0, LOOK_PAUSE_S)])
+async def test_looks_at_many_images_take_a_fiftieth_of_the_time(
+    tmp_path: Path, clock: trio.testing.MockClock, look_s: float, pause_s: float
+) -> None:
+    async with hydrated_node(tmp_path, look_s=look_s) as node:
+        await trio.testing.wait_all_tasks_blocked()
+        looked_at = trio.current_time()  # the first look, just now
+        node.handler.warm(node.add("wanted", data_of(1)))
+        await node.wait(lambda: node.source.calls)
+        assert trio.current_time() - looked_at == pytest.approx(pause_s)
+
+
 async def test_nothing_begins_before_the_delay_after_the_first_use_is_over(
     tmp_path: Path, clock: trio.testing.MockClock
 ) -> None:
@@ -163,7 +196,7 @@ async def test_the_biggest_hole_is_filled_first(tmp_path: Path, clock: trio.test
         await node.wait(lambda: is_done(entry))
         calls = [(offset, length) for _, offset, length in node.source.calls[here:]]
         assert 3 * MIB < calls[0][0] < 5 * MIB, "between the two that were read"
-        assert calls[0][1] == BYTES_MIN
+        assert calls[0][1] == BYTES_FIRST
         in_middle = [offset for offset, _ in calls if 3 * MIB < offset < 30 * MIB]
         assert [offset for offset, _ in calls[: len(in_middle)]] == sorted(in_middle)
         assert calls[len(in_middle)][0] > 30 * MIB

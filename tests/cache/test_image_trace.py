@@ -1,5 +1,6 @@
 """Boot traces of one image: what is recorded, what is fetched ahead and in which order, and when that stops."""
 
+import dataclasses
 import os
 import random
 from collections.abc import AsyncIterator, Callable
@@ -14,12 +15,14 @@ from basefs import errors
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.cache.image_trace import RECORD_S
 from basefs.cache.space import CacheLimits
+from basefs.cache.trace_sharing import TraceSharing
 from basefs.cache.trace_store import TRACES_MAX, TraceStore, traced_image
 from basefs.catalog.records import ImageEntry
 from basefs.core.boot_trace import UNIT_BYTES, BootTrace, TracedImage, TraceRecording
 from basefs.core.names import base_name_of
 from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace, trace_bytes
 from basefs.core.trace_plan import STRAYED_MAX
+from basefs.core.trace_property import property_of
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.views.choice import Views
 from tests.cache.conftest import IMAGE_ID, make_entry
@@ -483,3 +486,103 @@ async def test_a_disk_that_takes_no_trace_costs_nothing_else(tmp_path: Path) -> 
         assert await node.trace() is None
         await node.evict()
         await node.boot()
+
+
+# --- from other nodes
+
+
+async def test_a_node_that_never_booted_the_image_replays_what_another_has_shared(tmp_path: Path) -> None:
+    async def nothing(_image_id: str, _text: str) -> None:
+        raise AssertionError("a boot that is in Glance already is not given again")
+
+    for name in ("other", "new"):
+        (tmp_path / name).mkdir()
+    async with a_node(tmp_path / "other") as node:
+        await node.boot()
+        known = await node.trace()
+        assert known is not None
+    async with a_node(tmp_path / "new") as node:
+        node.services.traces._sharing = TraceSharing(nothing, node.services.nursery, lambda: 0.0, spread_s=0.0)
+        node.entry.record = dataclasses.replace(node.entry.record, boot_trace=property_of(known))
+        await node.replayed()
+        assert {offset // UNIT_BYTES for _, offset, _ in node.source.calls} == REPLAYED
+        await node.evict()
+        await node.boot()
+        own = await node.trace()
+        assert own is not None
+        assert own.boots == 2
+
+
+# --- servers that follow, and volumes
+
+
+async def test_a_server_that_follows_goes_on_with_a_replay(tmp_path: Path) -> None:
+    async with a_node(tmp_path) as node:
+        await node.boot()
+        await node.evict()
+        assert not node.entry.local.is_replaying
+        node.source.hold = trio.Event()
+        image = await node.handler.fetch_image(node.entry)
+        node.handler.opened(node.entry, image)
+        await until(lambda: len(node.source.calls) >= 3)
+        assert node.entry.local.is_replaying, "which is kept with the state of images"
+        entry = node.entry
+    async with a_node(tmp_path) as node:
+        node.entry = entry
+        node.handler.restore_opens({entry.number: 1})
+        fetcher = (await node.handler.downloaded_image(entry)).fetcher
+        assert not fetcher.trace.is_replaying, "nobody reads"
+        await node.handler.fetch_image(entry)
+        await fetcher.trace.wait_replayed()
+        await fetcher._flights.wait_idle()
+        assert {offset // UNIT_BYTES for _, offset, _ in node.source.calls} == REPLAYED
+        assert not entry.local.is_replaying
+        await node.handler.released(entry)
+
+
+async def test_a_replay_that_ended_is_no_other_servers(tmp_path: Path) -> None:
+    async with a_node(tmp_path) as node:
+        await node.boot()
+        await node.evict()
+        node.source.hold = trio.Event()
+        async with node.opened() as fetcher:
+            await until(lambda: len(node.source.calls) >= 3)
+            node.source.hold.set()
+        assert not node.entry.local.is_replaying
+        await fetcher._flights.wait_idle()
+        await node.evict()
+        node.handler.restore_opens({node.entry.number: 1})
+        await node.handler.fetch_image(node.entry)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not node.source.calls
+        await node.handler.released(node.entry)
+
+
+@pytest.mark.parametrize("is_linked", [True, False])
+async def test_an_image_that_will_be_linked_is_replayed_only_if_it_is_not(tmp_path: Path, is_linked: bool) -> None:
+    async with a_node(tmp_path) as node:
+        await node.boot()
+        await node.evict()
+        node.handler.expects_volume = lambda entry: entry is node.entry
+        async with node.opened() as fetcher:
+            await trio.testing.wait_all_tasks_blocked()
+            assert not fetcher.trace.is_replaying
+            node.handler.note_link(node.entry, is_linked=is_linked)
+            assert fetcher.trace.is_replaying is not is_linked
+            await fetcher.trace.wait_replayed()
+            node.handler.note_link(node.entry, is_linked=False)
+            assert not fetcher.trace.is_replaying, "one that failed to be linked again was replayed before"
+
+
+async def test_a_replay_ends_when_the_image_is_linked(tmp_path: Path) -> None:
+    async with a_node(tmp_path) as node:
+        await node.boot()
+        await node.evict()
+        node.source.hold = trio.Event()
+        async with node.opened() as fetcher:
+            await until(lambda: len(node.source.calls) >= 3)
+            node.handler.note_link(node.entry, is_linked=True)
+            assert len(fetcher._transfers.plan) == 0
+            node.source.hold.set()
+        await fetcher._flights.wait_idle()
+        assert 9 * MIB not in [offset for _, offset, _ in node.source.calls]

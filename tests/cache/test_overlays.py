@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basefs.cache import overlays
-from basefs.cache.overlays import OverlayScan, OverlayWatch, scan_overlays
+from basefs.cache.overlays import SCAN_EVERY_S, OverlayScan, OverlayWatch, scan_overlays
 from basefs.core.qcow2_header import HEADER_BYTES, MAGIC, NAME_BYTES_MAX, backing_name, base_names_in
 from tests.conftest import ExpectedWarnings
 
@@ -156,4 +156,21 @@ async def test_who_must_know_all_gets_a_look_that_was_begun_after_the_call(
         assert watch.users(BASE) == ["a/disk"]
         instances.rename(tmp_path / "away")
         assert not await watch.see_all()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_look_that_is_asked_for_is_not_a_minute_away(tmp_path: Path, clock: trio.testing.MockClock) -> None:
+    overlay_on(tmp_path / "a/disk", f"/x/{BASE}")
+    watch = OverlayWatch(tmp_path, Path("/nowhere"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        await watch.refresh()
+        (tmp_path / "a/disk").unlink()
+        looked = trio.Event()
+        watch.looked = looked.set
+        watch.look_soon()
+        begun = trio.current_time()
+        await looked.wait()
+        assert trio.current_time() - begun < SCAN_EVERY_S / 2
+        assert not watch.users(BASE)
         nursery.cancel_scope.cancel()

@@ -144,3 +144,21 @@ def test_no_order_of_events_loses_or_doubles_a_slot(steps: list[tuple[str, str, 
             all_in.set()
 
     trio.run(scenario)
+
+
+async def test_a_spare_slot_leaves_one_free_and_is_given_back() -> None:
+    async with trio.open_nursery() as nursery:
+        work = Work(PrioritySlots(3, reserved=2), nursery)
+        with work.slots.spare() as has_slot:
+            assert has_slot
+            with work.slots.spare() as has_slot:
+                assert has_slot
+                with work.slots.spare() as has_slot:
+                    assert not has_slot
+        finishes = [await work.start(f"d{n}") for n in range(4)]
+        with work.slots.spare() as has_slot:
+            assert not has_slot
+        finishes[0][0].set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert work.order == ["d0", "d1", "d2", "d3"], "a place that was not spare is nobody else's"
+        nursery.cancel_scope.cancel()

@@ -87,3 +87,25 @@ def test_a_call_that_outlives_the_loop_is_no_error() -> None:
     trio.run(main)
     go.set()
     assert trio.run(calls.run, str, 7) == "7"
+
+
+async def test_results_that_come_together_all_arrive() -> None:
+    """The loop is told once of those that came before it looked, and again of those that came after."""
+    calls = ShortCalls("short", threads_max=4)
+    together = threading.Barrier(4)
+
+    def met(number: int) -> int:
+        together.wait(10)
+        return number
+
+    found: list[int] = []
+
+    async def caller(number: int) -> None:
+        for turn in range(50):
+            found.append(await calls.run(met, 50 * number + turn))
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(caller, number)
+    assert sorted(found) == list(range(200))

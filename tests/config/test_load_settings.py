@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_defaults_are_those_of_the_options(config_file):
     loaded = config_file.settings()
     for opt in BASEFS_OPTS:
-        if opt.dest not in {"mountpoint", "cache_dir", "control_socket", "instances_path"}:
+        if opt.dest not in {"mountpoint", "cache_dir", "control_socket", "instances_path", "readers"}:
             is_list = isinstance(opt.default, list)
             assert getattr(loaded, opt.dest) == (tuple(opt.default) if is_list else opt.default)
 
@@ -29,7 +29,7 @@ def test_instances_path_is_the_parent_of_the_mount_point(config_file):
 
 
 def test_settings_and_options_have_the_same_names():
-    sections = {"volume_linking", "http_location", "file_location", "rbd", "s3", "swift"}
+    sections = {"trace_share", "volume_linking", "http_location", "file_location", "rbd", "s3", "swift"}
     assert {opt.dest for opt in BASEFS_OPTS} | sections == set(Settings.__slots__)
     assert {opt.dest for opt in VOLUME_LINKING_OPTS} == set(VolumeLinkingSettings.__slots__)
     assert {opt.dest for opt in HTTP_OPTS} == set(HttpLocationSettings.__slots__)

@@ -15,11 +15,13 @@ from basefs.core.boot_trace import (
     UNREAD_MAX,
     BootTrace,
     TracedImage,
+    TraceRange,
     TraceRecording,
     merged,
 )
+from basefs.core.link_estimate import GAP_BYTES_MAX
 from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace, trace_bytes, trace_document, trace_for
-from basefs.core.trace_plan import GAP_BYTES, REQUEST_BYTES_MAX, TracePlan, missing_around, missing_runs, requests_for
+from basefs.core.trace_plan import REQUEST_BYTES_MAX, TracePlan, missing_around, missing_runs, requests_for
 from tools.bench.replay import distinct_bytes, load_trace
 
 IMAGE = TracedImage(image_id="11111111-2222", size=300 * UNIT_BYTES + 5, os_hash_algo="sha512", os_hash_value="00ff")
@@ -69,6 +71,26 @@ def test_a_trace_is_bounded_whatever_is_read() -> None:
 def test_the_bytes_of_a_trace_are_counted_to_the_end_of_the_image() -> None:
     assert recorded([(0, 0), (300, 0)]).traced_bytes == UNIT_BYTES + 5
     assert recorded([(0, 0), (299, 0)]).traced_bytes == 2 * UNIT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("mib", "others", "is_copy"),
+    [(256, 0, True), (40, 0, True), (32, 0, False), (40, 5, True), (40, 20, False), (600, 0, True)],
+)
+def test_one_long_piece_and_little_else_is_a_copy(mib: int, others: int, is_copy: bool) -> None:
+    image = TracedImage(image_id="large", size=1 << 30, os_hash_algo=None, os_hash_value=None)
+    pieces = [TraceRange(64, mib * 16, 1), *(TraceRange(12_000 + 20 * n, 16, 2) for n in range(others))]
+    assert BootTrace(image=image, boots=1, by_guest=True, ranges=tuple(pieces)).is_copy == is_copy
+
+
+def test_most_of_a_small_image_is_a_copy_in_whatever_order() -> None:
+    assert recorded([(n * 7 % 300, 0) for n in range(151)]).is_copy
+    assert not recorded([(n * 7 % 300, 0) for n in range(150)]).is_copy
+
+
+def test_the_recorded_boot_is_no_copy() -> None:
+    image = TracedImage(image_id="debian", size=489 << 20, os_hash_algo=None, os_hash_value=None)
+    assert not recorded([(unit, 0) for unit in boot_units()], image=image).is_copy
 
 
 @given(touches, touches)
@@ -163,9 +185,10 @@ def test_bytes_that_are_no_trace_are_refused_with_the_place(data: bytes, said: s
 @given(
     st.lists(st.integers(0, IMAGE.units - 1), max_size=80),
     st.sampled_from([16 << 10, 64 << 10, 256 << 10, 1 << 20, 8 << 20]),
+    st.integers(0, GAP_BYTES_MAX),
 )
-def test_a_plan_brings_every_unit_once_and_little_else(units: list[int], chunk_bytes: int) -> None:
-    requests = requests_for(units, size=IMAGE.size, chunk_bytes=chunk_bytes)
+def test_a_plan_brings_every_unit_once_and_little_else(units: list[int], chunk_bytes: int, gap_bytes: int) -> None:
+    requests = requests_for(units, size=IMAGE.size, chunk_bytes=chunk_bytes, gap_bytes=gap_bytes)
     chunks = [chunk for request in requests for chunk in request]
     assert len(chunks) == len(set(chunks))
     wanted = {
@@ -182,7 +205,7 @@ def test_a_plan_brings_every_unit_once_and_little_else(units: list[int], chunk_b
         assert len(request) <= max(1, REQUEST_BYTES_MAX // chunk_bytes)
         gaps = [chunk not in wanted for chunk in request]
         assert all(
-            sum(gaps[at : at + GAP_BYTES // chunk_bytes + 1]) <= GAP_BYTES // chunk_bytes for at in range(len(gaps))
+            sum(gaps[at : at + gap_bytes // chunk_bytes + 1]) <= gap_bytes // chunk_bytes for at in range(len(gaps))
         )
     first = [min((at for at, unit in enumerate(units) if _touches(unit, request, chunk_bytes))) for request in requests]
     assert first == sorted(first), "the request of what comes first comes first"
@@ -196,7 +219,7 @@ def _touches(unit: int, request: range, chunk_bytes: int) -> bool:
 def test_the_recorded_boot_is_107_requests_and_less_than_a_tenth_more_bytes() -> None:
     units = boot_units()
     size, header = 3 << 30, range((1 << 20) // UNIT_BYTES)
-    requests = requests_for(units, size=size, chunk_bytes=UNIT_BYTES)
+    requests = requests_for(units, size=size, chunk_bytes=UNIT_BYTES, gap_bytes=GAP_BYTES_MAX)
     fetched = {chunk for request in requests for chunk in request} | set(header)
     assert len(requests) == 107
     assert len(fetched) * UNIT_BYTES <= 1.1 * distinct_bytes(load_trace(), UNIT_BYTES)

@@ -7,15 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from basefs.core.link_estimate import UNMEASURED, parameters_for
 from basefs.core.readahead import MISSING, ReadaheadPolicy, window_ahead, window_for_miss
 
-POLICY = ReadaheadPolicy.for_chunks(65536, 8 << 20)
+POLICY = ReadaheadPolicy.for_chunks(65536, 8 << 20, UNMEASURED)
 TRACE = Path(__file__).parents[2] / "tools" / "bench" / "debian12-boot.json"
 states_strategy = st.lists(st.sampled_from([MISSING, 1, 2, 3]), min_size=1, max_size=400).map(bytearray)
 policies = st.builds(
     ReadaheadPolicy.for_chunks,
     st.sampled_from([16384, 65536, 262144, 4 << 20]),
     st.sampled_from([4 << 20, 8 << 20, 64 << 20]),
+    st.floats(0, 1e9).map(parameters_for),
 )
 
 

@@ -3,15 +3,22 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basefs.core.request_size import BYTES_MAX, BYTES_MIN, MIB, REQUEST_S, RequestSize
+from basefs.core.request_size import BYTES_FIRST, BYTES_MAX, BYTES_MIN, MIB, REQUEST_S, RequestSize
 
 
 def test_a_request_is_for_what_comes_within_its_time():
     size = RequestSize()
-    assert size.bytes == BYTES_MIN
+    assert size.bytes == BYTES_FIRST
     for _ in range(20):
         size.came(510 * MIB, 2.5)
     assert size.bytes == int(204 * REQUEST_S) * MIB
+
+
+def test_on_a_slow_link_requests_are_small():
+    size = RequestSize()
+    for _ in range(20):
+        size.came(3 * MIB, 1.0)
+    assert size.bytes == BYTES_MIN
 
 
 def test_one_odd_request_counts_for_half():

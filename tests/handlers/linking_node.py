@@ -31,13 +31,20 @@ IDLE_S = 300.0
 
 @dataclass
 class Overlays:
-    """What `ImageUses` asks the watch; `bases` have an overlay."""
+    """What `ImageUses` asks the watch; `bases` have an overlay, `gone` had one when it looked last."""
 
     bases: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
     is_known: bool = True
+    looked: Callable[[], None] = lambda: None
 
     def users(self, base_name: str) -> list[str]:
-        return ["uuid/disk"] if base_name in self.bases else []
+        return ["uuid/disk"] if base_name in self.bases | self.gone else []
+
+    def look_soon(self) -> None:
+        if self.is_known:
+            self.gone.clear()
+            self.looked()
 
     async def see_all(self) -> bool:
         await trio.lowlevel.checkpoint()
@@ -167,6 +174,7 @@ async def a_linking_node(world: World, *, unmounts: bool = True, **chosen: objec
         link_settings = settings(**chosen)
         steps = LinkSteps(volumes, downloading, views, world.escrow, link_settings, stored=stored, jitter=lambda: 1.0)
         links = Links(steps, uses, world.escrow, link_settings, nursery, world.entries.values)
+        world.overlays.looked = links.look
         handler = VolumeLinkingTemplateImageHandler(downloading, links)
         handler.restore_opens({number: count for number, count in world.opens.items() if count})
         await links.restore(world.escrow.held())

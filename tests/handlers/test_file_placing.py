@@ -267,6 +267,7 @@ async def test_what_is_to_be_read_elsewhere_is_not_read_in_place(world: World, c
         if why == "all here":
             for offset in range(0, len(CONTENT), MIB):
                 await node.read(entry, offset, MIB)
+            await until(lambda: entry.local.cached_bytes == entry.size)
         await node.open(entry)
         await node.until_state(entry, "refused")
 

@@ -156,6 +156,21 @@ async def test_it_is_detached_when_nobody_used_it_for_a_while(world: World, cloc
         await node.linked(entry)
 
 
+async def test_a_boot_trace_waits_for_a_volume_only_where_there_was_one(world: World, clock: MockClock) -> None:
+    entry = world.add(CONTENT)
+    async with a_linking_node(world) as node:
+        assert not node.links.expects_volume(entry), "who opens it first is not kept waiting for what may be"
+        await node.open(entry)
+        await node.linked(entry)
+        await node.release(entry)
+        await node.until_state(entry, "none")
+        assert node.links.expects_volume(entry)
+        world.volume(entry).image_id = "another"
+        await node.open(entry)
+        await node.until_state(entry, "refused")
+        assert not node.links.expects_volume(entry)
+
+
 async def test_with_no_idle_time_an_image_is_linked_as_long_as_it_is_open(world: World, clock: MockClock) -> None:
     entry = world.add(CONTENT)
     async with a_linking_node(world, detach_idle_s=0.0) as node:
@@ -181,6 +196,18 @@ async def test_removal_detaches_at_once_and_stops_what_is_under_way(world: World
         other.local.is_wanted = False  # as unlink does
         await node.handler.remove_image(other)
         await node.until_state(other, "none")
+        assert world.cinder.is_clean()
+
+
+async def test_removal_looks_for_overlays_that_went_before_it(world: World, clock: MockClock) -> None:
+    entry = world.add(CONTENT)
+    async with a_linking_node(world) as node:
+        await node.open(entry)
+        await node.linked(entry)
+        await node.release(entry)
+        world.overlays.gone.add(entry.base_name)  # as nova does: the instance goes, then its base
+        await node.handler.remove_image(entry)
+        await node.until_state(entry, "none")
         assert world.cinder.is_clean()
 
 

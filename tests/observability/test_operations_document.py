@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "OPERATIONS.md").read_text(encoding="utf-8")
 METHODS = {"warning": 0, "error": 0, "exception": 0, "critical": 0, "begins": 2}
 """Methods that log, and which argument is the message."""
+GUARD = ROOT / "basefs" / "concurrency" / "guarded.py"
+"""Logs what its callers say, by an argument of theirs."""
 LITERALS_MIN = 12
 """An entry that stands for longer records has so many letters of its own."""
 
@@ -37,18 +39,27 @@ def first_column(text: str) -> list[str]:
 def messages() -> Iterator[tuple[str, str]]:
     """(place, message with … for what is filled in) of every call that logs at WARNING or above."""
     for path in sorted((ROOT / "basefs").rglob("*.py")):
+        if path == GUARD:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            if not isinstance(node, ast.Call):
+                continue
+            if isinstance(node.func, ast.Name) and node.func.id == "guarded":
+                yield message_of(path, node, 1)
+            if not isinstance(node.func, ast.Attribute):
                 continue
             argument = METHODS.get(node.func.attr)
             if argument is None or "log" not in ast.unparse(node.func.value) + node.func.attr.replace("begins", "log"):
                 continue
             if argument and "INFO" in ast.unparse(node.args[1]):
                 continue
-            message = node.args[argument]
-            place = f"{path.relative_to(ROOT)}:{node.lineno}"
-            assert isinstance(message, ast.Constant), f"{place}: the message is no literal"
-            yield place, re.sub(r"(?:%[-\d.]*[a-z])+", "…", message.value)
+            yield message_of(path, node, argument)
+
+
+def message_of(path: Path, call: ast.Call, argument: int) -> tuple[str, str]:
+    message, place = call.args[argument], f"{path.relative_to(ROOT)}:{call.lineno}"
+    assert isinstance(message, ast.Constant), f"{place}: the message is no literal"
+    return place, re.sub(r"(?:%[-\d.]*[a-z])+", "…", message.value)
 
 
 def fits(entry: str, message: str) -> bool:

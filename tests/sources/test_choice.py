@@ -498,6 +498,18 @@ async def test_objects_not_read_from_for_long_are_closed(world, choice, monkeypa
     assert world.rbd.is_closed
 
 
+@pytest.mark.parametrize("where", ["open", "read"])
+async def test_a_bug_in_a_store_costs_no_read(world, choice, expected_warnings, where):
+    expected_warnings("bug in the work for 'open'" if where == "open" else "bug in rbd at cluster, for image")
+    expected_warnings("rbd at cluster fails: ")
+    world.put(world.rbd)
+    if where == "read":
+        await fetch(choice, 0, 10)
+    world.rbd.fault = lambda: KeyError("a library's")
+    await fetch(choice)
+    assert world.glance.requests == 1
+
+
 async def test_a_cancelled_read_says_nothing_of_its_source(world, choice, nursery):
     world.put(world.rbd)
     await fetch(choice, 0, 10)

@@ -1,5 +1,6 @@
 """Files made to break us: an error that names image and byte, bounded time and memory; other bytes stay right."""
 
+import random
 import tracemalloc
 import zlib
 
@@ -155,6 +156,14 @@ def test_what_a_few_bytes_could_inflate_to_is_not_inflated():
         inflate(frame, CLUSTER, "zstd")
     assert tracemalloc.get_traced_memory()[1] < MIB
     tracemalloc.stop()
+
+
+def test_a_distance_beyond_the_window_that_qemu_writes_with_is_taken_as_qemu_takes_it():
+    piece = random.Random(9).randbytes(200)
+    content = (bytes(20_000) + piece).ljust(40_000, b"\0") + piece
+    content = content.ljust(1 << 16, b"\0")
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    assert inflate(deflate.compress(content) + deflate.flush(), 1 << 16, "zlib") == content
 
 
 def test_a_zstd_cluster_of_several_frames_is_one():

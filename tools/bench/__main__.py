@@ -15,6 +15,7 @@ from tools.bench import (
     link,
     linked,
     nova_boot,
+    planner,
     qcow2,
     restart,
     scale,
@@ -27,6 +28,7 @@ from tools.mount import ROOT
 
 PARTS: dict[str, Callable[[Report, Path], None]] = {
     "boot": boot.run,
+    "planner": planner.run,
     "trace": trace.run,
     "link": link.run,
     "linked": linked.run,

@@ -1,4 +1,4 @@
-"""Cold boot by trace, without a boot trace and with the one that it left: loopback, and 10 ms of round trip."""
+"""Cold boot by trace, without a boot trace and with the one that it left, over four links."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from subprocess import CalledProcessError
 
 from tools.bench import replay
 from tools.bench.boot import GRANULARITY, MB, settled_fetched_bytes
-from tools.bench.peers.link import Link
+from tools.bench.peers.link import GBIT, SLOW, Link
 from tools.bench.peers.link_model import LinkSpec
 from tools.bench.report import Report
 from tools.guest import build
@@ -33,11 +33,12 @@ def run(report: Report, scratch: Path) -> None:
         image_id = rig.place(build().disk, "debian12")
         with BasefsMount(scratch / "near", rig.conf_lines()) as mount:
             _compare(report, mount, image_id, trace, "loopback", bound=1.0)
-        with Link(rig.glance_url, FAR) as link:
-            conf = rig.conf_lines().replace(rig.glance_url, link.url)
-            with BasefsMount(scratch / "far", conf) as mount:
-                with_trace = _compare(report, mount, image_id, trace, FAR.name, bound=0.5)
-                wrong = replay.differences(mount.path(image_id), build().disk, trace)
+        for number, (spec, bound) in enumerate([(GBIT, 1.0), (SLOW, 0.7), (FAR, 0.5)]):
+            with Link(rig.glance_url, spec) as link:
+                conf = rig.conf_lines().replace(rig.glance_url, link.url)
+                with BasefsMount(scratch / f"far{number}", conf) as mount:
+                    with_trace = _compare(report, mount, image_id, trace, spec.name, bound=bound)
+                    wrong = replay.differences(mount.path(image_id), build().disk, trace)
     report.at_most("bytes fetched with a trace / distinct bytes", with_trace[1] / distinct, 1.1)
     report.at_most("requests with a trace (why not 12: docs/DESIGN.md)", with_trace[2], 120)
     report.at_most("reads with a wrong byte", wrong, 0)
@@ -60,6 +61,8 @@ def _compare(
     for name, (seconds, fetched, requests) in zip(("without", "with"), medians, strict=True):
         report.tell(f"{link}: {name} a trace", f"{seconds:.2f} s, {fetched / MB:.1f} MB, {requests:.0f} requests")
     report.at_most(f"{link}: seconds with / without", medians[1][0] / medians[0][0], bound)
+    planner = mount.status()["planner"]
+    report.tell(f"{link}: planner", ", ".join(f"{name} {value}" for name, value in planner.items()))
     return medians[1]
 
 

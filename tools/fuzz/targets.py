@@ -3,6 +3,7 @@
 They import what they test when they are made, which is under atheris' instrumentation.
 """
 
+import base64
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import socket
 import sqlite3
 import tempfile
+import zlib
 from collections.abc import Callable
 from contextlib import closing, suppress
 from email.message import Message
@@ -112,16 +114,27 @@ def state_database(_directory: Path) -> Target:
 
 
 def boot_traces(_directory: Path) -> Target:
-    """Boot traces, of this node or to be imported: refused, or within their bounds, and the same when written."""
+    """Boot traces, of this node, imported or in a property: refused, or within bounds and the same when written."""
     from basefs.core.boot_trace import BootTrace, TracedImage, TraceRange
     from basefs.core.trace_file import parse_trace, trace_bytes
     from basefs.core.trace_plan import requests_for
+    from basefs.core.trace_property import property_of, trace_of_property
 
     image = TracedImage(image_id="11111111", size=1 << 30, os_hash_algo="sha512", os_hash_value="0f" * 64)
     ranges = (TraceRange(16383, 1, 0), TraceRange(0, 9, 3), TraceRange(500, 20, 70, 2), TraceRange(100, 1, 9000, 1))
-    good = trace_bytes(BootTrace(image=image, boots=3, by_guest=True, ranges=ranges))
+    trace = BootTrace(image=image, boots=3, by_guest=True, ranges=ranges)
+    good = trace_bytes(trace)
+    packed = zlib.decompress(base64.urlsafe_b64decode(property_of(trace).partition(":")[2]))
+
+    def property_target(data: bytes) -> None:
+        inner = packed[:16] + spliced(packed[16:], data)  # as long as the digest is right somebody looks at the rest
+        with suppress(ValueError):
+            found = trace_of_property(f"1:{base64.urlsafe_b64encode(zlib.compress(inner)).decode()}", image)
+            assert trace_of_property(property_of(found), image) == found
+            assert 0 <= found.traced_bytes <= image.size
 
     def target(data: bytes) -> None:
+        property_target(data)
         trace, said = None, ""
         try:
             trace = parse_trace(spliced(good, data))
@@ -133,7 +146,7 @@ def boot_traces(_directory: Path) -> Target:
         assert parse_trace(trace_bytes(trace)) == trace
         size, chunk_bytes = trace.image.size, 64 * 1024
         assert 0 <= trace.traced_bytes <= size
-        for request in requests_for(trace.units(), size=size, chunk_bytes=chunk_bytes):
+        for request in requests_for(trace.units(), size=size, chunk_bytes=chunk_bytes, gap_bytes=128 * 1024):
             assert 0 <= request.start < request.stop <= -(-size // chunk_bytes)
 
     return target
@@ -320,6 +333,39 @@ def qcow2_images(directory: Path) -> Target:
     return target
 
 
+def deflate_streams(_directory: Path) -> Target:
+    """Compressed clusters: what zlib makes of them, which qemu uses, whatever inflates them."""
+    import zlib
+
+    from basefs.views.qcow2_inflate import inflate
+
+    cluster = 1 << 16
+    text = b"".join(b"%d bottles of beer on wall %d, " % (n, n * n) for n in range(cluster // 16))[:cluster]
+    streams = []
+    for content, window_bits, strategy in (
+        (text, -12, zlib.Z_DEFAULT_STRATEGY),
+        (text, -15, zlib.Z_DEFAULT_STRATEGY),
+        (text, -12, zlib.Z_FIXED),
+        (IMAGE[: cluster // 2] + bytes(cluster // 2), -12, zlib.Z_HUFFMAN_ONLY),
+        (text[: cluster // 2], -12, zlib.Z_DEFAULT_STRATEGY),
+    ):
+        packer = zlib.compressobj(9, zlib.DEFLATED, window_bits, 9, strategy)
+        streams.append(packer.compress(content) + packer.flush())
+
+    def target(data: bytes) -> None:
+        packed = spliced(streams[data[0] % len(streams)], data[1:]) if data else b""
+        try:
+            found = zlib.decompressobj(-15).decompress(packed, cluster)
+        except zlib.error:
+            found = b""
+        try:
+            assert inflate(packed, cluster, "zlib") == found
+        except ValueError:
+            assert len(found) < cluster
+
+    return target
+
+
 TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
     "chunk-files": (chunk_files, [b"\0" * 8, b"\1\0\0\1\0\x08abcdefgh", b"\2\3\0\2\0\x10" + bytes(range(64))]),
     "state-database": (state_database, [b"\0" * 8, b"\1\0\x20\0\x04null", b'\2\0\x1f\0\x08{}[]12""']),
@@ -345,6 +391,13 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
                 bytes([which, 1, 0, 6, 0, 8, 0x40]) + bytes(7) + bytes([1, 8, 2, 0, 8, 0x80, 0, 0, 0, 0, 0, 4, 0])
                 for which in range(6)
             ),
+        ],
+    ),
+    "deflate-streams": (
+        deflate_streams,
+        [
+            *(bytes([which]) for which in range(5)),
+            *(bytes([which, 3, at, 0, 0, 4, 0x55, 0xAA, 0, 1]) for which in range(5) for at in (0, 4, 40)),
         ],
     ),
     "metadata": (metadata, [b'{"id": "1", "status": "active", "size": 3}', b"2026-11-22T00:00:00Z", b"[" * 5000]),

@@ -1,0 +1,254 @@
+"""A reader: answers reads of what is here by itself, and hands every other request to the server. Stdlib only.
+
+`python -m basefs.reader JSON` with the numbers of its fds: a clone of /dev/fuse, its slots, the keeper's socket.
+
+Invariants:
+- Nothing here waits but the one `epoll`: a request that cannot be handed on now is kept in its slot.
+- A slot is freed after its request was answered or handed on as a whole, so at most one request was both handed on
+  and kept when a reader is killed; the server knows it by its `unique`.
+- A read is answered only if table and `ready` say so before and after the bytes were read, with one generation.
+- Requests that are kept while there is no server go to the next one, but for those that the kernel resends to it.
+"""
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import select
+import socket
+import struct
+import sys
+from typing import NoReturn
+
+from basefs.reader_images import Image, Images
+from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
+
+_HEAD = struct.Struct("<IIQ")
+"""Of a request: length, opcode, unique."""
+_READ_IN = struct.Struct("<QQI")
+"""Of a read: handle, offset, size."""
+_READ_AT = 40
+_REPLY = struct.Struct("<IiQ")
+_READ, _INTERRUPT = 15, 36
+BURST = 32
+"""Requests that are answered between two looks at the sockets."""
+MESSAGE_BYTES_MAX = 4096
+_RELEASE_BYTES_MIN = 64 * 1024
+"""A slot that had as much gives its memory back."""
+GONE = (errno.ENODEV, errno.ECONNABORTED)
+"""What /dev/fuse says when the session is over."""
+PASSING = (errno.EINTR, errno.ENOENT)
+"""A request was withdrawn while we read it."""
+
+
+class Reader:
+    """One clone of /dev/fuse from the start of this process to its end."""
+
+    def __init__(self, *, clone_fd: int, slots_fd: int, keeper_fd: int) -> None:
+        self._clone = clone_fd
+        memory = mmap.mmap(slots_fd, SLOTS_BYTES)
+        self._memory = memory
+        whole = memoryview(memory)
+        self._counters = whole[:PAGE].cast("Q")
+        self._slots = [whole[PAGE + at * SLOT_BYTES : PAGE + (at + 1) * SLOT_BYTES] for at in range(SLOTS)]
+        self._uniques = [slot[8:16].cast("Q") for slot in self._slots]
+        for slot in self._slots:
+            # Touched, so that the kernel's copy of a small request never waits for a page: a SIGKILL there fails it.
+            slot[0] = slot[0]
+        self._held = [at for at in range(SLOTS) if self._uniques[at][0]]
+        """Slots whose requests wait to be handed on, in order; the first may be on its way (`_sent`)."""
+        self._free = [at for at in range(SLOTS - 1, -1, -1) if not self._uniques[at][0]]
+        self._sent = 0
+        self._images = Images()
+        self._answer = memoryview(mmap.mmap(-1, PAGE + HIT_BYTES_MAX))
+        self._keeper: socket.socket | None = socket.socket(fileno=keeper_fd)
+        self._server: socket.socket | None = None
+        self._epoll = select.epoll()
+        self._epoll.register(keeper_fd, select.EPOLLIN)
+        self._takes = False
+        self._is_stopping = False
+
+    def run(self) -> NoReturn:
+        """Serve until the session or our use is over: ends the process."""
+        self._send_keeper({"type": "ready"})
+        while True:
+            is_idle = not self._free or self._is_stopping or self._burst()
+            self._set_takes(bool(self._free) and not self._is_stopping)
+            for fd, _ in self._epoll.poll(-1 if is_idle else 0):
+                if self._keeper is not None and fd == self._keeper.fileno():
+                    self._hear_keeper(self._keeper)
+                elif self._server is not None and fd == self._server.fileno():
+                    self._hear_server(self._server)
+            if (self._is_stopping and not self._held) or (self._keeper is None and self._server is None):
+                sys.exit(0)
+
+    def _set_takes(self, takes: bool) -> None:
+        if takes != self._takes:
+            self._takes = takes
+            if takes:
+                # Exclusive: one of the readers is woken for a request, not all.
+                self._epoll.register(self._clone, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            else:
+                self._epoll.unregister(self._clone)
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def _burst(self) -> bool:
+        """Deal with the requests that are there, BURST at most; True when no more are there or can be taken."""
+        free, slots, clone, images = self._free, self._slots, self._clone, self._images.by_inode
+        for _ in range(BURST):
+            if not free:
+                return True
+            at = free[-1]
+            slot = slots[at]
+            try:
+                os.readv(clone, [slot])
+            except BlockingIOError:
+                return True
+            except OSError as exc:
+                if exc.errno in GONE:
+                    sys.exit(0)
+                if exc.errno not in PASSING:
+                    raise
+                continue
+            length, opcode, unique = _HEAD.unpack_from(slot)
+            if opcode == _READ:
+                handle, offset, size = _READ_IN.unpack_from(slot, _READ_AT)
+                image = images.get(handle >> 1)
+                if image is not None and self._hit(image, unique, offset, size):
+                    self._uniques[at][0] = 0
+                    continue
+            free.pop()
+            if opcode == _INTERRUPT:
+                self._release(at, length)
+            else:
+                self._held.append(at)
+                self._hand_on()
+        return False
+
+    def _hit(self, image: Image, unique: int, offset: int, size: int) -> bool:
+        """Answer a read from an image's local bytes; False: it is not ours to answer."""
+        end = offset + size
+        if end > image.size:
+            end = image.size
+            size = end - offset
+        if size <= 0 or size > HIT_BYTES_MAX:
+            return False
+        target = self._answer[PAGE : PAGE + size]
+        if not image.read_into(target, offset, end):
+            return False
+        _REPLY.pack_into(self._answer, 0, _REPLY.size + size, 0, unique)
+        # ENOENT: withdrawn, or handed out again. Any other error has ended the request in the kernel.
+        with contextlib.suppress(OSError):
+            os.writev(self._clone, [self._answer[: _REPLY.size], target])
+        counters = self._counters
+        counters[HITS] += 1
+        counters[HIT_BYTES] += size
+        return True
+
+    def _release(self, at: int, length: int) -> None:
+        self._uniques[at][0] = 0
+        self._free.append(at)
+        if length >= _RELEASE_BYTES_MIN:
+            self._memory.madvise(mmap.MADV_REMOVE, PAGE + at * SLOT_BYTES, SLOT_BYTES)
+
+    # --- the server -------------------------------------------------------------------------------------
+
+    def _hand_on(self) -> None:
+        """Give the server what is held, in order, as far as its socket takes it."""
+        server, held = self._server, self._held
+        while server is not None and held:
+            at = held[0]
+            (length,) = struct.unpack_from("<I", self._slots[at])
+            try:
+                self._sent += server.send(self._slots[at][self._sent : length], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                self._lose_server()
+                return
+            if self._sent == length:
+                self._sent = 0
+                del held[0]
+                self._counters[FORWARDED] += 1
+                self._release(at, length)
+        if server is not None:
+            self._epoll.modify(server, select.EPOLLIN | (select.EPOLLOUT if held else 0))
+
+    def _lose_server(self) -> None:
+        """It is gone. Images stay: who comes next revokes them before it changes their bytes."""
+        if self._server is not None:
+            self._epoll.unregister(self._server)
+            self._server.close()
+            self._server = None
+            # What was sent in part was read by nobody.
+            self._sent = 0
+
+    def _new_server(self, fd: int) -> None:
+        """From now on this one; the kernel has resent by now what it resends."""
+        self._lose_server()
+        self._server = socket.socket(fileno=fd)
+        self._epoll.register(fd, select.EPOLLIN)
+        kept = [at for at in self._held if self._is_ours(self._uniques[at][0])]
+        for at in set(self._held) - set(kept):
+            self._release(at, SLOT_BYTES)
+        self._held = kept
+        self._hand_on()
+
+    def _is_ours(self, unique: int) -> bool:
+        """Whether the kernel waits for our answer to this request: not, once it was handed out again.
+
+        Asked by an answer to an interrupt of it, which changes nothing (fs/fuse/dev.c: fuse_dev_do_write).
+        """
+        try:
+            os.write(self._clone, _REPLY.pack(_REPLY.size, -errno.EINTR, unique | 1))
+        except OSError:
+            return False
+        return True
+
+    def _hear_server(self, server: socket.socket) -> None:
+        if not self._images.hear(server):
+            self._lose_server()
+        elif self._held:
+            self._hand_on()
+
+    # --- the keeper -------------------------------------------------------------------------------------
+
+    def _hear_keeper(self, keeper: socket.socket) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES_MAX, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            # Served on until the server is gone, too; the next keeper ends us before that.
+            self._epoll.unregister(keeper)
+            keeper.close()
+            self._keeper = None
+            return
+        message = json.loads(data)
+        kind = message.get("type")
+        if kind == "ping":
+            self._send_keeper({"type": "pong", "n": message.get("n")})
+        elif kind == "server" and fds:
+            self._new_server(fds[0])
+        elif kind == "stop":
+            self._is_stopping = True
+
+    def _send_keeper(self, message: dict[str, object]) -> None:
+        if self._keeper is not None:
+            with contextlib.suppress(OSError):
+                self._keeper.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
+
+
+def main() -> None:
+    """Entry point of `python -m basefs.reader`."""
+    arguments = json.loads(sys.argv[1])
+    reader = Reader(**{name: arguments[name] for name in ("clone_fd", "slots_fd", "keeper_fd")})
+    reader.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What reader processes share with their keeper and their server: places in memory, and messages. Stdlib only.
+
+**Slots** (a memfd a reader, made by the keeper): a page of counters, then SLOTS places for one raw request each. A
+slot whose request has a `unique` other than 0 is taken: its request was not handed on or answered yet, as far as the
+reader came. The next reader on the same clone of /dev/fuse goes on with it.
+
+**Table** (a memfd for all readers, made by the first server, left with the keeper): one entry an image that readers
+may serve, of four words: image number (0: free), serial, generation, nothing. An entry says yes as long as it has the
+serial that the reader was told. The generation grows after something that was ready is not ready any more, and before
+its bytes change.
+"""
+
+import struct
+
+PAGE = 4096
+SLOTS = 64
+SLOT_BYTES = (1 << 20) + 4 * PAGE
+"""The largest request: a write of 1 MiB (FUSE_MAX_MAX_PAGES of libfuse) and its headers."""
+SLOTS_BYTES = PAGE + SLOTS * SLOT_BYTES
+HITS, HIT_BYTES, FORWARDED, TABLE_WORDS = 0, 1, 2, 4
+"""The counters' words, which only the reader writes, and the words of an entry of the table."""
+
+TABLE_HEADER_WORDS = 8
+TABLE_ENTRIES = 16_384
+TABLE_BYTES = 8 * (TABLE_HEADER_WORDS + TABLE_ENTRIES * TABLE_WORDS)
+NUMBER, SERIAL, GENERATION = range(3)
+
+MESSAGE = struct.Struct("<IIQQQQQ")
+"""Server to reader: kind, log2 of the chunk size, inode, word of the entry, serial, bytes shown, log2 of the size of
+a cluster (0: what is stored is shown as it is)."""
+TABLE, IMAGE, SWEEP = 1, 2, 3
+"""With the table's fd; with the fds of an image's bytes, of its `ready`, and of its cluster map if it has clusters;
+close what was revoked."""
+
+UNKNOWN, ZEROS = 0, 1
+"""What the cluster map says of a cluster of the disk that is shown: ask the server; zeros. Any other word is where the
+cluster is in the image's bytes."""
+MAP_BYTES_MAX = 16 << 20
+"""Of a larger map (a disk of 128 GiB at the default cluster size) there is none, and the server answers all."""
+
+READY = 1
+"""The value of `ready` that a reader serves; any other is for the server (cache/chunk_file.py)."""
+HIT_BYTES_MAX = 1 << 20
+"""The largest read that a reader answers."""

@@ -1,0 +1,67 @@
+"""What reader processes are told of a disk in a qcow2 image: where its clusters are, as the server found them.
+
+Readers parse nothing: tenants wrote the tables. A cluster that was read here is told with its neighbours, if it is
+zeros or lies in the file as it is. Compressed ones, and those that mix both, stay UNKNOWN: the server answers them.
+Owned by the trio loop.
+"""
+
+from typing import Protocol
+
+from basefs.cache.reader_table import ReaderTable, Share
+from basefs.core.qcow2_layout import DATA, ZEROS, Qcow2TableError
+from basefs.reader_layout import MAP_BYTES_MAX, UNKNOWN
+from basefs.reader_layout import ZEROS as ZEROS_WORD
+from basefs.views.qcow2 import Qcow2View
+
+NEIGHBOURS = 32
+"""Clusters that are told together: 20 us, once for 2 MiB of a disk at the default cluster size."""
+WORD_BYTES = 8
+
+
+class SharedBytes(Protocol):
+    """Stored bytes that readers may have, such as `cache.image_fetcher.ImageFetcher`."""
+
+    def share(self, table: ReaderTable, *, cluster_bits: int, shown_bytes: int) -> Share | None:
+        """See `ChunkFile.share`."""
+
+    def forget_clusters(self) -> None:
+        """See `ChunkFile.forget_clusters`."""
+
+
+class SharedClusters:
+    """The cluster map of one view."""
+
+    def __init__(self, view: Qcow2View, stored: SharedBytes) -> None:
+        self._view = view
+        self._stored = stored
+
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:
+        """What readers serve the disk with, now also what is around `[offset, offset + size)`.
+
+        None before it was read, and where the map would be too large.
+        """
+        layout = self._view.layout
+        if layout is None or WORD_BYTES * (-(-layout.size >> layout.cluster_bits)) > MAP_BYTES_MAX:
+            return None
+        share = self._stored.share(table, cluster_bits=layout.cluster_bits, shown_bytes=layout.size)
+        if share is not None and share.cluster_map is not None:
+            self._view.when_forgotten(self._stored.forget_clusters)
+            bits = layout.cluster_bits
+            first = (offset >> bits) & -NEIGHBOURS
+            last = ((offset + size - 1 >> bits) | NEIGHBOURS - 1) + 1
+            for cluster in range(first, min(last, len(share.cluster_map))):
+                if share.cluster_map[cluster] == UNKNOWN:
+                    share.cluster_map[cluster] = self._word_of(cluster << bits)
+        return share
+
+    def _word_of(self, offset: int) -> int:
+        """What the map says of the cluster of the disk at `offset`."""
+        try:
+            extents = self._view.known_extents(offset)
+        except Qcow2TableError:  # a read says so
+            return UNKNOWN
+        if extents is None or len(extents) != 1:
+            return UNKNOWN
+        if extents[0].kind == ZEROS:
+            return ZEROS_WORD
+        return extents[0].host if extents[0].kind == DATA else UNKNOWN

@@ -1,0 +1,259 @@
+"""A reader without a kernel: the test is /dev/fuse, the keeper and the server."""
+
+import array
+import json
+import mmap
+import os
+import random
+import select
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from basefs.cache.reader_table import Entry, ReaderTable, new_table
+from basefs.core import fuse_wire as wire
+from basefs.keeper_reader_process import Place, clear_slots, taken_slots
+from basefs.reader import Reader
+from basefs.reader_layout import FORWARDED, HIT_BYTES, HITS, IMAGE, MESSAGE, SLOTS, SLOTS_BYTES, SWEEP, TABLE
+
+HEADER = wire.IN_HEADER.size
+INODE = (1 << 32) + 7
+HANDLE = INODE << 1
+SIZE = 40_000
+CHUNK_SHIFT = 14
+CONTENT = random.Random(1).randbytes(SIZE)
+PATIENCE_S = 20.0
+SILENCE_S = 0.1
+SO_SNDBUFFORCE = 32
+
+
+class Rig:
+    """One reader in a thread, and our ends of its fds. The clone is a socket, so every request is ours to answer."""
+
+    def __init__(self, directory: Path, slots_fd: int | None = None) -> None:
+        self.directory = directory
+        self.kernel, self._clone = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._clone.setblocking(False)
+        for sock in (self.kernel, self._clone):
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 << 20)
+        if slots_fd is None:
+            slots_fd = os.memfd_create("slots")
+            os.ftruncate(slots_fd, SLOTS_BYTES)
+        self.slots_fd = slots_fd
+        self.kernel.settimeout(PATIENCE_S)
+        self.keeper.settimeout(PATIENCE_S)
+        self._reader = Reader(clone_fd=self._clone.fileno(), slots_fd=slots_fd, keeper_fd=theirs.detach())
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self.heard() == {"type": "ready"}
+        self.server: socket.socket | None = None
+        self.table = ReaderTable(new_table())
+
+    def _run(self) -> None:
+        with pytest.raises(SystemExit):
+            self._reader.run()
+
+    def heard(self) -> dict[str, object]:
+        message: dict[str, object] = json.loads(self.keeper.recv(4096))
+        return message
+
+    def new_server(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(PATIENCE_S)
+        socket.send_fds(self.keeper, [b'{"type": "server"}'], [theirs.fileno()])
+        theirs.close()
+        self.server = ours
+        self.tell(TABLE, [self.table.fd])
+
+    def tell(self, kind: int, fds: list[int], entry: Entry | None = None) -> None:
+        assert self.server is not None
+        rest = (0, 0, 0, 0, 0) if entry is None else (INODE, entry.word, entry.serial, SIZE, 0)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.server.sendmsg([MESSAGE.pack(kind, CHUNK_SHIFT, *rest)], rights)
+        self.settle()
+
+    def settle(self) -> None:
+        """The reader has read what was sent to it before."""
+        self.keeper.send(b'{"type": "ping", "n": 1}')
+        assert self.heard() == {"type": "pong", "n": 1}
+
+    def handed_on(self, length: int) -> bytes:
+        assert self.server is not None
+        data = b""
+        while len(data) < length:
+            data += self.server.recv(length - len(data))
+        return data
+
+    def is_silent(self) -> bool:
+        """Nothing comes from the reader, neither to the kernel nor to the server."""
+        watched = [sock for sock in (self.kernel, self.server) if sock is not None]
+        return not select.select(watched, [], [], SILENCE_S)[0]
+
+    def counters(self) -> list[int]:
+        return list(memoryview(mmap.mmap(self.slots_fd, 4096)).cast("Q")[:3])
+
+    def end(self) -> None:
+        if self.server is not None:
+            self.server.close()
+        self.keeper.close()
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+        for sock in (self._reader._server, self._reader._keeper):  # its process would be gone
+            if sock is not None:
+                sock.close()
+        self.kernel.close()
+        self._clone.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    yield made
+    made.end()
+
+
+def read_of(unique: int, offset: int, size: int, handle: int = HANDLE) -> bytes:
+    body = wire.READ_IN.pack(handle, offset, size, 0, 0, 0, 0)
+    return wire.IN_HEADER.pack(HEADER + len(body), 15, unique, INODE, 0, 0, 1, 0, 0) + body
+
+
+def lookup_of(unique: int) -> bytes:
+    return wire.IN_HEADER.pack(HEADER + 5, 1, unique, 1, 0, 0, 1, 0, 0) + b"name\0"
+
+
+class SharedImage:
+    """An image of three chunks as the server shares it."""
+
+    def __init__(self, rig: Rig) -> None:
+        file = rig.directory / "data"  # a memfd cannot tell what is in memory
+        file.write_bytes(CONTENT)
+        self.data_fd = os.open(file, os.O_RDONLY)
+        ready_fd = os.memfd_create("ready")
+        os.write(ready_fd, b"\1\1\1")
+        self.ready = memoryview(mmap.mmap(ready_fd, 3))
+        entry = rig.table.list(7)
+        assert entry is not None
+        self.entry = entry
+        rig.tell(IMAGE, [self.data_fd, ready_fd], entry)
+        os.close(ready_fd)
+
+
+def test_hits_are_answered_and_everything_else_is_handed_on(rig: Rig) -> None:
+    rig.new_server()
+    image = SharedImage(rig)
+    for unique, (offset, size) in enumerate([(0, 4096), (20_000, 16_000), (16_000, 1 << 20), (39_999, 5)]):
+        rig.kernel.send(read_of(2 * unique + 2, offset, size))
+        wanted = CONTENT[offset : offset + size]
+        assert rig.kernel.recv(1 << 20) == wire.reply_header(2 * unique + 2, len(wanted)) + wanted
+    image.ready[1] = 2
+    others = [
+        lookup_of(10),
+        read_of(12, SIZE, 10),
+        read_of(14, 16_384, 10),
+        read_of(16, 0, 10, handle=1 << 41),
+        read_of(18, 0, (1 << 20) + 4096),
+    ]
+    for other in others:
+        rig.kernel.send(other)
+    assert rig.handed_on(sum(map(len, others))) == b"".join(others)
+    rig.kernel.send(wire.IN_HEADER.pack(HEADER + 8, 36, 21, 0, 0, 0, 0, 0, 0) + struct.pack("<Q", 20))
+    rig.settle()
+    assert rig.is_silent()
+    served = [0] * 3
+    served[HITS], served[HIT_BYTES], served[FORWARDED] = 4, 4096 + 16_000 + 24_000 + 1, len(others)
+    assert rig.counters() == served
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_a_revoked_image_is_handed_on_and_its_files_are_closed(rig: Rig) -> None:
+    rig.new_server()
+    image = SharedImage(rig)
+    status = os.fstat(image.data_fd)
+    os.close(image.data_fd)
+    image.entry.revoke()
+    rig.kernel.send(read_of(2, 0, 10))
+    assert rig.handed_on(len(read_of(2, 0, 10))) == read_of(2, 0, 10)
+    rig.tell(SWEEP, [])
+    open_now = {(found.st_dev, found.st_ino) for fd in os.listdir("/proc/self/fd") if (found := _stat(int(fd)))}
+    assert (status.st_dev, status.st_ino) not in open_now
+
+
+def _stat(fd: int) -> os.stat_result | None:
+    try:
+        return os.fstat(fd)
+    except OSError:
+        return None
+
+
+def test_without_a_server_hits_go_on_and_the_rest_waits_for_the_next_one(rig: Rig) -> None:
+    rig.new_server()
+    SharedImage(rig)
+    assert rig.server is not None
+    rig.server.close()
+    rig.server = None
+    for number in range(5):
+        rig.kernel.send(lookup_of(2 * number + 100))
+        rig.kernel.send(read_of(2 * number + 2, 0, 4096))
+        assert rig.kernel.recv(1 << 20) == wire.reply_header(2 * number + 2, 4096) + CONTENT[:4096]
+    rig.settle()
+    assert len(taken_slots(Place(0, rig.slots_fd))) == 5
+    rig.new_server()
+    # It asks the kernel for each whether it still waits; a socket takes every answer.
+    asked = [rig.kernel.recv(100) for _ in range(5)]
+    assert sorted(asked) == sorted(struct.pack("<IiQ", 16, -4, 2 * number + 101) for number in range(5))
+    handed = b"".join(lookup_of(2 * number + 100) for number in range(5))
+    assert rig.handed_on(len(handed)) == handed
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_a_successor_goes_on_with_what_was_taken_and_no_more_than_the_slots_hold_is_taken(rig: Rig) -> None:
+    for number in range(SLOTS + 3):
+        rig.kernel.send(lookup_of(2 * number + 2))
+    rig.settle()
+    assert len(taken_slots(Place(0, rig.slots_fd))) == SLOTS
+    successor = Rig(rig.directory, rig.slots_fd)
+    try:
+        successor.new_server()
+        length = len(lookup_of(2))
+        uniques = {int.from_bytes(successor.handed_on(length)[8:16], "little") for _ in range(SLOTS)}
+        assert uniques == {2 * number + 2 for number in range(SLOTS)}
+        successor.settle()
+        assert taken_slots(Place(0, rig.slots_fd)) == []
+    finally:
+        successor.end()
+
+
+def test_a_server_that_takes_nothing_loses_nothing_and_a_stop_waits_for_what_is_held(rig: Rig) -> None:
+    rig.new_server()
+    body = wire.READ_IN.pack(9, 0, 1 << 20, 0, 0, 0, 0) + bytes(1 << 20)
+    writes = [
+        wire.IN_HEADER.pack(HEADER + len(body), 16, 2 * number + 2, INODE, 0, 0, 1, 0, 0) + body for number in range(4)
+    ]
+    for write in writes:
+        rig.kernel.send(write)
+    rig.keeper.send(b'{"type": "stop"}')
+    rig.settle()
+    assert taken_slots(Place(0, rig.slots_fd))
+    assert rig.handed_on(sum(map(len, writes))) == b"".join(writes)
+    rig._thread.join(PATIENCE_S)
+    assert not rig._thread.is_alive()
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_slots_are_cleared(tmp_path: Path) -> None:
+    fd = os.memfd_create("slots")
+    os.ftruncate(fd, SLOTS_BYTES)
+    rig = Rig(tmp_path, fd)
+    rig.kernel.send(lookup_of(2))
+    rig.settle()
+    rig.end()
+    place = Place(0, fd)
+    assert taken_slots(place) == [0]
+    clear_slots(place)
+    assert taken_slots(place) == []
+    os.close(fd)
