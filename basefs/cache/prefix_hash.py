@@ -7,6 +7,8 @@ Owned by the trio loop; one caller of `advance` at a time.
 
 from dataclasses import dataclass
 
+import trio
+
 from basefs.cache.ledger import ChunkLedger
 from basefs.cache.verifier import ChunkVerifier
 from basefs.cache.waiting_readers import WaitingReaders
@@ -56,16 +58,16 @@ class PrefixHash:
             await self._readers.wait_none()
             if len(self._ledger.here(span)) < len(span):
                 break
+            self._progress = None  # until it is known that all of the span was hashed
             try:
                 is_hashed = await self._verifier.hash(span, progress.hasher)
-            except Exception:  # cancelled it is only before it has begun, and may go on
-                self._progress = None
+            except trio.Cancelled:  # which a step that has begun is not: it may go on
+                self._progress = progress if drops == self._drops else None
                 raise
             if not is_hashed or drops != self._drops or progress.losses != self._ledger.losses:
-                self._progress = None
                 self.losses += 1
                 return None
-            progress.chunks = span.stop
+            progress.chunks, self._progress = span.stop, progress
         return progress.hasher if progress.chunks == chunks and progress.losses == self._ledger.losses else None
 
     def _begun(self, algorithm: str) -> _Progress:
