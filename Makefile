@@ -44,14 +44,14 @@ bench: setup peers guest
 bench-peers: peers guest
 	@$(PYTHON) -m tools.bench.peers $(BENCH_ARGS)
 
+# 1, 4 and 20 nodes that boot one image at once, over Glance and over the cache tier; as root.
+bench-fleet: setup guest
+	@$(PYTHON) -m tools.bench.fleet $(BENCH_ARGS)
+
 # Images read from a real Ceph.
 bench-stores: setup guest
 	@tools/setup ceph
 	@$(PYTHON) -m tools.bench stores
-
-# 1, 4 and 20 nodes that boot one image at once, over Glance and over the cache tier; as root.
-bench-fleet: setup guest
-	@$(PYTHON) -m tools.bench.fleet $(BENCH_ARGS)
 
 bench-%: setup
 	@$(PYTHON) -m tools.bench $*

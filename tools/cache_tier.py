@@ -86,6 +86,7 @@ class CacheTier:
         self.directory.mkdir(parents=True, exist_ok=True)
         with listening_socket(self._host, self._port) as sock:
             self._port = sock.getsockname()[1]
+            sock.setblocking(False)  # as nginx makes its own: who finds a connection taken would hang in accept
             self._configure()
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", str(NGINX), "-e", str(self._log), "-c", str(self._main_conf)],

@@ -396,6 +396,7 @@ class ImageFetcher:
                     await self._services.disk.run(receiver.take, 0, memoryview(header)[:whole])
                 finally:
                     self._deliveries.end_receiver(receiver)
+                    self.whole.rewritten()
         finally:
             self._ledger.release(span)
         self._deliveries.tell_size()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import trio
 
-from basefs.core.request_size import BYTES_FIRST, RequestSize
+from basefs.core.request_size import BYTES_FIRST, FAST_BYTES_S, RequestSize
 from basefs.core.token_bucket import TokenBucket
 
 
@@ -29,6 +29,11 @@ class Pace:
         self._bytes_s = bytes_s
         self._limiter = trio.CapacityLimiter(concurrency_max)
         self._bucket = TokenBucket(bytes_s) if bytes_s else None
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether bytes come as fast as a processor takes them."""
+        return self.request_size.is_fast and not 0 < self._bytes_s < FAST_BYTES_S
 
     def _bytes_max(self) -> int:
         """A quarter of a second's worth, or a slow pace would be long bursts and long pauses; the least, a second's."""

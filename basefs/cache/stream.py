@@ -112,6 +112,7 @@ class ImageStream:
             return exc
         finally:
             self._deliveries.end_receiver(receiver)
+            self._whole.rewritten()
         is_all = receiver.is_same and not receiver.stop and self._ledger.losses == losses
         if digest is not None and is_all and self._ledger.cached_bytes == self._ledger.size:
             self._whole.proved()

@@ -7,6 +7,7 @@ kept leaves. Whatever its urgency, it begins no transfer while a reader waits fo
 """
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 WORKERS = 3
 """Requests in flight per urgent warming: 2-4 reach what one Glance gives (rig.md 2.6)."""
+HASHES_BESIDE = len(os.sched_getaffinity(0)) > 2
+"""Whether a hash, which keeps a processor busy, takes nothing from a transfer as fast as Glance can be: there are two
+at work then, Glance's not counted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +44,8 @@ class Warming:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     add_worker: Callable[[bool], None] | None = None
     """Starts one more worker, urgent or not; None while none is at work."""
+    came: trio.Event = field(default_factory=trio.Event)
+    """Something was brought that is not hashed yet."""
     is_over: trio.Event = field(default_factory=trio.Event)
     """The image is complete, or cannot be."""
 
@@ -177,6 +183,7 @@ class Warmer:
                 self._add_workers(warming, urgent=True)
             if warming.other_holders:
                 self._add_workers(warming, urgent=False)
+            nursery.start_soon(self._follow, warming, fetcher)
             await warming.is_over.wait()
             warming.add_worker = None
             nursery.cancel_scope.cancel()
@@ -195,12 +202,22 @@ class Warmer:
             while not fetcher.is_complete and (warming.is_urgent if urgent else warming.other_holders):
                 try:
                     await (self._fetch(fetcher) if urgent else self._fetch_in_turn(fetcher))
+                    warming.came.set()
                 except (errors.SourceUnavailableError, errors.SourceCorruptError):
                     await fetcher.wait_retry()
         except errors.BasefsError as exc:
             warming.error = exc
         if warming.error is not None or fetcher.is_complete:
             warming.is_over.set()
+
+    async def _follow(self, warming: Warming, fetcher: ImageFetcher) -> None:
+        """Have what came hashed while more comes, unless that takes from what brings it. Cancelled with the workers."""
+        is_of_use = True
+        while is_of_use:
+            await warming.came.wait()
+            warming.came = trio.Event()
+            if HASHES_BESIDE or not self._services.pace.is_fast:
+                is_of_use = await fetcher.whole.follow()
 
     async def _fetch(self, fetcher: ImageFetcher) -> None:
         await fetcher.fetch_background(self._services.pace.request_size.bytes)

@@ -21,15 +21,14 @@ from basefs.cache.disk_health import DISK_RETRY_S
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.ledger import ChunkLedger
+from basefs.cache.prefix_hash import PrefixHash
 from basefs.cache.verifier import ChunkVerifier
 from basefs.catalog.records import ImageEntry, ImageRecord, WholeState
 from basefs.concurrency.guarded import guarded
-from basefs.sources.base import Digest, Hasher, new_hasher
+from basefs.sources.base import Digest, new_hasher
 
 log = logging.getLogger(__name__)
 
-HASH_BYTES = 2 << 20
-"""Hashed in one call in a thread (5 ms); readers go in between."""
 REFETCH_WORKERS = 3
 """Requests in flight of a refetch, for which guests may wait: 2-4 reach what one Glance gives (rig.md 2.6)."""
 DAMNED: tuple[WholeState, ...] = ("refetching", "quarantined")
@@ -59,11 +58,11 @@ class WholeImage:
     ) -> None:
         self._entry = entry
         self._ledger = ledger
-        self._verifier = verifier
         self._eviction = eviction
         self._deliveries = deliveries
         self._services = services
         self._bring = bring
+        self._hash = PrefixHash(ledger, verifier, services.readers)
         self._checking = trio.Lock()
         self._lifting = trio.Lock()
         self._refetching: trio.CancelScope | None = None
@@ -151,26 +150,35 @@ class WholeImage:
         if self._entry.local.whole in ("verified", "no_hash", "quarantined") or not self._is_complete:
             return
         digest = digest_of(self._entry.record)
-        hasher = None if digest is None else new_hasher(digest.algorithm)
-        if digest is None or hasher is None:
+        if digest is None:
             self._set("no_hash")
-        elif not await self._hash(hasher):
             return
-        elif digest.is_of(hasher):
+        hasher = await self._hash.advance(digest.algorithm)
+        if hasher is None:
+            return
+        self._hash.drop()  # who asks again has the bytes read again
+        if digest.is_of(hasher):
             self.proved()
         else:
             self.mismatched(digest)
 
-    async def _hash(self, hasher: Hasher) -> bool:
-        """Hash every byte from the chunk file; False when a chunk was lost meanwhile. Waits while readers wait."""
-        losses = self._ledger.losses
-        step = max(1, HASH_BYTES // self._ledger.chunk_bytes)
-        chunks = len(self._ledger.states)
-        for start in range(0, chunks, step):
-            await self._services.readers.wait_none()
-            if not await self._verifier.hash(range(start, min(start + step, chunks)), hasher):
-                return False
-        return self._ledger.losses == losses
+    async def follow(self) -> bool:
+        """Hash what is here of the beginning, while more comes; `settle` goes on from there.
+
+        False when that is of no use: what was hashed was lost, and would be again, or the image is known.
+        Cancellation: at any time.
+        """
+        digest = digest_of(self._entry.record)
+        if digest is None or self._entry.local.whole != "unknown":
+            return False
+        losses = self._hash.losses
+        async with self._checking:
+            await self._hash.advance(digest.algorithm)
+        return self._hash.losses == losses
+
+    def rewritten(self) -> None:
+        """Bytes were written that no flight had claimed: they may be others than those that were hashed."""
+        self._hash.drop()
 
     def proved(self) -> None:
         """All that is here has the hash that Glance tells."""

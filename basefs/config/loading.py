@@ -110,10 +110,10 @@ def _parsed(paths: list[str]) -> cfg.ConfigOpts:
     conf.register_opts(VOLUME_LINKING_OPTS, group=LINKING_SECTION)
     conf.register_opts(HTTP_OPTS, group=HTTP_SECTION)
     conf.register_opts(FILE_OPTS, group=FILE_SECTION)
+    conf.register_opts(TRACE_OPTS, group=TRACE_SECTION)
     conf.register_opts(RBD_OPTS, group=RBD_SECTION)
     conf.register_opts(S3_OPTS, group=S3_SECTION)
     conf.register_opts(SWIFT_OPTS, group=SWIFT_SECTION)
-    conf.register_opts(TRACE_OPTS, group=TRACE_SECTION)
     try:
         conf(args=[], project="basefs", prog="basefs", default_config_files=paths, default_config_dirs=[])
     except (cfg.Error, ValueError) as exc:

@@ -5,8 +5,8 @@ In that time the link brings `first_byte_s * bytes_s` bytes, the *pipe*: so many
 more request does. Everything follows from it:
 
 - a miss brings a pipe, a reader who goes on twice that;
-- a replay has as many requests of 256 KiB in flight as fill it, and three more;
-- it fetches along what costs less than a request of which there are so many at a time: pipe / requests in flight.
+- a replay has as many requests of 128 KiB in flight as fill it, and four more: most planned ones are small;
+- it fetches along what costs less than a request does of which so many of 256 KiB fill the pipe, and three more.
 
 Bounds: 448 KiB are the widest window for a miss that stays below 2 x the bytes that a boot reads, 128 KiB the widest
 gap below 1.1 x (`trace_plan`), and a miss of less than 128 KiB is quicker on no link. All by the model of
@@ -23,8 +23,8 @@ WINDOW_BYTES_MIN, WINDOW_BYTES_MAX = 128 * KIB, 448 * KIB
 WINDOW_STEP_BYTES = 64 * KIB
 MISS_BYTES_MAX = MIB
 GAP_BYTES_MAX = 128 * KIB
-IN_FLIGHT_BYTES = 256 * KIB
-IN_FLIGHT_MIN, IN_FLIGHT_MAX = 3, 32
+IN_FLIGHT_BYTES = 128 * KIB
+IN_FLIGHT_MIN, IN_FLIGHT_MAX = 4, 32
 SAMPLES_MAX = 32
 SAMPLES_MIN = 4
 """Before so many of each kind nothing is concluded: the first request of a connection pays for the connection."""
@@ -57,12 +57,11 @@ def parameters_for(pipe_bytes: float) -> FetchParameters:
     """The parameters for a link and source that hold so many bytes, >= 0. No larger pipe makes any of them smaller."""
     window = int(pipe_bytes / WINDOW_STEP_BYTES + 0.5) * WINDOW_STEP_BYTES
     window = min(max(window, WINDOW_BYTES_MIN), WINDOW_BYTES_MAX)
-    in_flight = IN_FLIGHT_MIN + pipe_bytes / IN_FLIGHT_BYTES
     return FetchParameters(
         window_bytes=window,
         miss_bytes_max=min(2 * window, MISS_BYTES_MAX),
-        gap_bytes=min(int(pipe_bytes / in_flight), GAP_BYTES_MAX),
-        in_flight=min(int(in_flight), IN_FLIGHT_MAX),
+        gap_bytes=min(int(pipe_bytes / (3 + pipe_bytes / (256 * KIB))), GAP_BYTES_MAX),
+        in_flight=min(IN_FLIGHT_MIN + int(pipe_bytes / IN_FLIGHT_BYTES), IN_FLIGHT_MAX),
     )
 
 

@@ -15,6 +15,8 @@ BYTES_MIN, BYTES_MAX = MIB, 64 * MIB
 BYTES_FIRST = 4 * MIB
 """Before anything came."""
 REQUEST_S = 0.2
+FAST_BYTES_S = 160 * MIB
+"""Two requests in flight that come so fast keep a processor busy on either side."""
 
 
 class RequestSize:
@@ -28,6 +30,11 @@ class RequestSize:
         """Whole MiB: BYTES_MIN to BYTES_MAX."""
         wanted = int(self._bytes_s * REQUEST_S) // MIB * MIB
         return min(max(wanted, BYTES_MIN), BYTES_MAX)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the last requests came at FAST_BYTES_S or more."""
+        return self._bytes_s >= FAST_BYTES_S
 
     def came(self, length: int, seconds: float) -> None:
         """So many bytes of a body, > 0, came within so many seconds, > 0. The last request counts for half.

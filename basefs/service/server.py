@@ -58,10 +58,7 @@ from basefs.service.session import SYNCHRONOUS_MAX, serve_session
 from basefs.service.sourcing import Sourcing
 from basefs.service.view import View
 from basefs.sources.access import GlanceAccess, open_glance
-from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
-from basefs.sources.tier import CacheTierSource
-from basefs.sources.tier_http import open_tier
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +113,7 @@ class Service:
         )
         await catalog.load()
         counters = FetchCounters()
-        glance = GlanceSource(self._access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
-        tier = self._over_tier(glance, nursery)
-        sourcing = Sourcing(
-            self._access, tier or glance, settings, self._loaded.conf, catalog, nursery, lambda: cache.handler
-        )
+        sourcing = Sourcing(self._loaded.conf, self._access, settings, catalog, nursery, lambda: cache.handler)
         source = sourcing.source
         is_first = self._channel.begun.get("reason", "first") == "first"
         pages = KernelPages(self._arguments.session_fd, nursery)
@@ -133,8 +126,6 @@ class Service:
             sourcing.distrust(entry)
             if linking is not None:
                 linking.distrust(entry)
-            if tier is not None:
-                tier.pass_by(entry.image_id)
 
         cache = await build_cache(
             nursery,
@@ -220,9 +211,9 @@ class Service:
                 gate=gate,
                 handler=handler,
                 source=source,
-                glance=glance,
+                glance=sourcing.glance,
                 placed=sourcing.placed,
-                tier=tier,
+                tier=sourcing.tier,
                 access=self._access,
                 operations=view.operations,
                 counters=counters,
@@ -271,12 +262,6 @@ class Service:
         await linking.handler.close()
         await source.close()
         await self._channel.flush()
-
-    def _over_tier(self, glance: GlanceSource, nursery: trio.Nursery) -> CacheTierSource | None:
-        """Glance behind the cache tier that is configured; None: there is none."""
-        tier = open_tier(self._loaded.conf, self._access, threads_max=self._settings.fetch_threads_max)
-        outage = self._access.endpoints.outage
-        return None if tier is None else CacheTierSource(tier, glance, nursery, outage=outage)
 
     def _file_settings(self) -> ImageFileSettings:
         settings = self._settings

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
-from oslo_config.cfg import ConfigOpts
+from oslo_config import cfg
 
 from basefs.catalog.glance_catalog import Catalog
 from basefs.catalog.records import ImageEntry
@@ -17,33 +17,34 @@ from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.file_placing import FilePlacingTemplateImageHandler
 from basefs.handlers.placed import PREFIX as PLACED_PREFIX
 from basefs.handlers.placed import PlacedImages, PlaceFinder
-from basefs.service.cache_parts import CacheParts
+from basefs.service.cache_parts import STREAMS_MAX, CacheParts
 from basefs.service.keeper_channel import KeeperChannel
 from basefs.sources.access import GlanceAccess
-from basefs.sources.base import ImageSource
 from basefs.sources.choice import SourceChoice
 from basefs.sources.file_locations import FileLocations
+from basefs.sources.glance import GlanceSource
 from basefs.sources.locations import GlanceLocations
 from basefs.sources.stores import open_stores
+from basefs.sources.tier import CacheTierSource
+from basefs.sources.tier_http import open_tier
 
 
 class Sourcing:
-    """`source` is what images are read through."""
+    """`source` is what images are read through; `glance` and `tier` (None: there is none) are parts of it."""
 
     def __init__(
         self,
+        conf: cfg.ConfigOpts,
         access: GlanceAccess,
-        glance: ImageSource,
         settings: Settings,
-        conf: ConfigOpts,
         catalog: Catalog,
         nursery: trio.Nursery,
         handler: Callable[[], DownloadingTemplateImageHandler],
     ) -> None:
-        """`glance` is the part of it that is Glance's; `handler()` keeps what was read, once something is.
+        """`handler()` gives the handler that keeps what was read, once something is read.
 
         Raises:
-            ConfigError: a store's section is not usable.
+            ConfigError: the section of a store, or the TLS options of [glance], are not usable.
         """
         self._settings = settings
         self._catalog = catalog
@@ -51,8 +52,12 @@ class Sourcing:
         self.placed: PlacedImages | None = None
         """The images that are read in place; None where none are."""
         self._held: list[HeldFd] = []
+        self.glance = GlanceSource(access, threads_max=settings.fetch_threads_max + STREAMS_MAX)
+        tier = open_tier(conf, access, threads_max=settings.fetch_threads_max)
+        outage = access.endpoints.outage
+        self.tier = None if tier is None else CacheTierSource(tier, self.glance, nursery, outage=outage)
         self.source = SourceChoice(
-            glance,
+            self.tier or self.glance,
             open_stores(settings, conf, threads_max=settings.fetch_threads_max),
             GlanceLocations(access).locations,
             order=sorted(set(SOURCE_NAMES) & set(settings.source_order), key=settings.source_order.index),
@@ -93,7 +98,9 @@ class Sourcing:
         return self.placed is not None and self.placed.is_placed(entry)
 
     def distrust(self, entry: ImageEntry) -> None:
-        """See `PlacedImages.distrust`."""
+        """See `PlacedImages.distrust` and `CacheTierSource.pass_by`."""
+        if self.tier is not None:
+            self.tier.pass_by(entry.image_id)
         if self.placed is not None:
             self.placed.distrust(entry)
 

@@ -1,5 +1,6 @@
 """What a reader serves of an image are its bytes, whatever the server does before, during and after its read."""
 
+import gc
 import os
 import random
 import tempfile
@@ -30,6 +31,7 @@ class Server:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._files: list[ChunkFile] = []
         self.table_fd = new_table()
         self.table = ReaderTable(self.table_fd)
         self.file: ChunkFile
@@ -37,6 +39,7 @@ class Server:
 
     def _open(self) -> None:
         self.file, _ = open_chunk_file(self._directory, NUMBER, HEADER)
+        self._files.append(self.file)
 
     def share(self) -> Share:
         share = self.file.share(NUMBER, self.table)
@@ -67,6 +70,7 @@ class Server:
 
     def reopen(self, index: int) -> None:
         """The image is closed and used anew: its bytes go, the reader has not heard of it."""
+        self._files.remove(self.file)
         self.file.close()
         self._open()
         self.file.drop([index])
@@ -79,8 +83,10 @@ class Server:
         self.file.drop([index])
 
     def close(self) -> None:
-        self.file.close()
+        for file in self._files:
+            file.close()
         os.close(self.table_fd)
+        gc.collect()  # mappings keep fds of their own
 
 
 OPERATIONS = (

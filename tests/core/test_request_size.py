@@ -44,3 +44,14 @@ def test_whatever_came_the_size_is_whole_mib_within_the_bounds(came):
         size.came(length, seconds)
     assert BYTES_MIN <= size.bytes <= BYTES_MAX
     assert size.bytes % MIB == 0
+
+
+def test_two_requests_that_keep_a_processor_busy_are_fast():
+    size = RequestSize()
+    assert not size.is_fast
+    for _ in range(20):
+        size.came(150 * MIB, 1.0)
+    assert not size.is_fast
+    for _ in range(20):
+        size.came(170 * MIB, 1.0)
+    assert size.is_fast

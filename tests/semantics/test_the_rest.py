@@ -119,6 +119,7 @@ def test_status_json(mount: BasefsMount) -> None:
     passing = ("uptime_s", "fuse_requests", "catalog_refreshed_at", "fetched_bytes", "fetch_requests")
     printed, held = mount.status(), status(mount)
     of_keeper = {"standby_pid", "standby_state", "deaths", "last_death", "held_fds", "config_error"}
+    of_keeper |= {"readers", "reader_deaths", "readers_reason"}
     assert printed.keys() - held.keys() == of_keeper
     assert {key: printed[key] for key in held if key not in passing} == {
         key: value for key, value in held.items() if key not in passing

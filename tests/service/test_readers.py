@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,11 +86,13 @@ def face() -> Face:
 
 
 @pytest.fixture
-def readers(face: Face) -> Readers:
+def readers(face: Face) -> Iterator[Readers]:
     async def share(_number: int, _table: ReaderTable, _offset: int, _size: int) -> None:
         return None
 
-    return Readers(face, SimpleNamespace(share=share), ReaderTable(new_table()), requests_max=4)  # type: ignore[arg-type]
+    table = ReaderTable(new_table())
+    yield Readers(face, SimpleNamespace(share=share), table, requests_max=4)  # type: ignore[arg-type]
+    os.close(table.fd)
 
 
 async def test_requests_that_come_in_pieces_or_together_are_answered(

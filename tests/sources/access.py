@@ -25,9 +25,9 @@ def conf_of(tmp_path, conf_lines: str) -> cfg.ConfigOpts:
     return conf
 
 
-def over_tier(tmp_path, glance, tier, nursery, *, jitter=lambda: 0.0) -> tuple[CacheTierSource, GlanceAccess]:
+def over_tier(tmp_path, glance, tier, nursery, *, lines="", jitter=lambda: 0.0) -> tuple[CacheTierSource, GlanceAccess]:
     """A source over the front `tier`, behind which is the front `glance`; each of the two is asked for itself, too."""
-    conf = conf_of(tmp_path, f"{glance.conf_lines()}cache_endpoint = {tier.url}/\n")
+    conf = conf_of(tmp_path, f"{glance.conf_lines()}{lines}cache_endpoint = {tier.url}/\n")
     access = open_glance(conf, threads_max=8)
     cache = open_tier(conf, access, threads_max=8)
     assert cache is not None

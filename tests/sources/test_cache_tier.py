@@ -21,11 +21,11 @@ pytestmark = pytest.mark.glance
 
 
 def get(
-    url: str, image: str, first: int, last: int, token: str | None = None, *, patience_s: float = 20
+    url: str, image: str, first: int, last: int, token: str | None = None, *, patience_s: float = 20, **headers: str
 ) -> tuple[int, bytes]:
     """Status and body of a ranged GET by somebody who is no basefs."""
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=patience_s)
-    sent = {"Range": f"bytes={first}-{last}", **({"X-Auth-Token": token} if token else {})}
+    sent = {"Range": f"bytes={first}-{last}", **({"X-Auth-Token": token} if token else {}), **headers}
     try:
         connection.request("GET", f"/v2/images/{image}/file", headers=sent)
         response = connection.getresponse()
@@ -156,5 +156,6 @@ def test_authorised_for_ten_seconds_asks_glance_once(tmp_path, rig):
         for _ in range(5):
             assert get(tier.url, image, 0, 99, rig.token()) == (206, DATA[:100])
         assert get(tier.url, image, 0, 99, "nobody")[0] == 401
+        assert get(tier.url, image, 0, 99, rig.token(), Authorization="Basic eDp5")[0] == 206  # somebody else, maybe
     asked = [one.range for one in rig.requests(f"{image}/file") if one.method == "GET"]
-    assert asked.count("bytes=0-0") == 2
+    assert asked.count("bytes=0-0") == 3

@@ -7,13 +7,16 @@ import pytest
 import trio
 
 from basefs import errors
+from basefs.cli.check_tier import check_tier
 from basefs.config.checks import cache_endpoint_problem
 from basefs.sources import tier_http
+from basefs.sources.access import open_glance
 from basefs.sources.tier import REST_CAP_S
 from tests.contract.test_image_source import PIECE, Taken
 from tests.fakes import answers
+from tests.fakes.certificate import make_certificate
 from tests.fakes.front import MisbehavingFront
-from tests.sources.access import over_tier
+from tests.sources.access import conf_of, over_tier
 
 DATA = os.urandom(1024 * 1024)
 SIZE = len(DATA)
@@ -222,6 +225,35 @@ async def test_an_image_whose_bytes_were_wrong_is_read_from_glance_itself(tier, 
     await ranged(source, image)
     assert tier.count() == 0
     assert source.is_used
+
+
+async def test_a_tier_behind_tls_is_trusted_by_the_cafile_of_glance(tmp_path, front, nursery, image):
+    certfile = make_certificate(tmp_path / "server.pem")
+    with MisbehavingFront(upstream=front.url, certfile=certfile) as tier:
+        for lines, failovers in ((f"cafile = {certfile}\n", 0), ("", 1)):
+            source, access = over_tier(tmp_path, front, tier, nursery, lines=lines)
+            await ranged(source, image)
+            assert source.failovers == failovers
+            source.tier.close()
+            access.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "level", "words"),
+    [
+        (None, "ok", "the same bytes"),
+        (answers.other_bytes(), "error", "other bytes"),
+        (answers.status(502), "warning", "it answered 502; images are read from Glance itself"),
+    ],
+)
+async def test_doctor_compares_the_tier_with_glance(tmp_path, front, tier, image, fault, level, words):
+    if fault:
+        tier.on("/file").respond(fault)
+    conf = conf_of(tmp_path, f"{front.conf_lines()}cache_endpoint = {tier.url}\n")
+    access = open_glance(conf, threads_max=1)
+    (finding,) = await check_tier(conf, access, image, SIZE, DATA[:4096])
+    assert (finding.status, words in finding.detail) == (level, True), finding
+    access.close()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ machines have no netem, so a link has a rate and no delay. Nothing of it is in t
 """
 
 import os
+import signal
 import subprocess
 import sys
 from types import TracebackType
@@ -27,15 +28,16 @@ def enter_site() -> str:
     name = f"basefs-fleet-{os.getpid()}"
     _ip("netns", "add", name)
     try:
-        inside = subprocess.run(
+        inside = subprocess.Popen(
             ["nsenter", f"--net=/run/netns/{name}", sys.executable, *sys.orig_argv[1:]],
             env={**os.environ, _IN_SITE: name},
-            check=False,
         )
+        signal.signal(signal.SIGTERM, lambda *_: inside.terminate())  # it puts everything away, and we what is left
+        code = inside.wait()
     finally:
         for one in _names(name):
             _ip("netns", "delete", one)
-    sys.exit(inside.returncode)
+    sys.exit(code)
 
 
 class Network:

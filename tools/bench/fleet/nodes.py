@@ -38,8 +38,11 @@ def mounted(
         BasefsMount(directory / f"node{node}", conf, options, prefix=network.prefix(node)) for node in range(count)
     ]
     try:
-        with ThreadPoolExecutor(MOUNTS_AT_ONCE) as pool:
+        pool = ThreadPoolExecutor(MOUNTS_AT_ONCE)
+        try:
             list(pool.map(_start, mounts))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure none is begun any more
         yield mounts
     finally:
         with ThreadPoolExecutor(MOUNTS_AT_ONCE) as pool:

@@ -18,7 +18,7 @@ from tools.bench import replay
 from tools.bench.boot import GRANULARITY
 from tools.bench.peers import bounds, machine, plot, table, work_cached, work_guest, work_trace
 from tools.bench.peers.link import GBIT, GBIT_10_MS, LINKS, LOOPBACK, SLOW
-from tools.bench.peers.peers import PEERS, BasefsPacked, BasefsTraced
+from tools.bench.peers.peers import PEERS, Basefs, BasefsPacked, BasefsTraced, Local
 from tools.bench.peers.record import Results, load, save
 from tools.bench.peers.site import Site
 from tools.bench.peers.work import Bench
@@ -28,6 +28,8 @@ from tools.mount import ROOT
 
 KEPT = ROOT / "docs/bench/peers.json"
 MANY = (8, 32)
+OF_DIFFERENT_DISKS = (Basefs, BasefsTraced, Local)
+"""Who boots guests of different disks: each takes a minute and a half, and the traces of such have everybody."""
 WORKS = ("trace", "many", "cached", "guest")
 
 
@@ -73,6 +75,10 @@ def run_all(bench: Bench, works: list[str]) -> None:
         work_guest.one_guest(bench, GBIT_10_MS, guest, [kind for kind in bench.peers if kind is not BasefsPacked])
         for link in (LOOPBACK, GBIT) if BasefsTraced in bench.peers else ():
             work_guest.one_guest(bench, link, guest, [BasefsTraced])
+        shared = [kind for kind in bench.peers if kind is not BasefsPacked]
+        work_guest.many_guests(bench, GBIT, guest, shared, different=False)
+        ours = [kind for kind in bench.peers if kind in OF_DIFFERENT_DISKS]
+        work_guest.many_guests(bench, GBIT, guest, ours, different=True)
 
 
 def measured(chosen: argparse.Namespace) -> Results:
@@ -107,6 +113,7 @@ def measured(chosen: argparse.Namespace) -> Results:
         alternations=chosen.alternations,
         seconds=round(time.monotonic() - begun),
         source=source,
+        guest_distinct_bytes=site.guest_distinct_bytes,
         distinct_bytes=replay.distinct_bytes(bench.trace, GRANULARITY),
         versions=machine.versions(peers),
         runs=bench.runs,

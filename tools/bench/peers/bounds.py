@@ -6,6 +6,8 @@ from tools.bench.peers.record import Results, median_of
 from tools.bench.report import Report
 
 OURS, TRACED, LIMIT = "basefs", "basefs trace", "local file"
+GUESTS_BYTES_MAX = 1.1
+"""No two boots read the same: of each other's 710 units of 64 KiB 2 to 6 differ (docs/DESIGN.md, Boot traces)."""
 NO_OPERATORS_CHOICE = (OURS, TRACED, LIMIT, "basefs qcow2", work_cached.CURL)
 
 
@@ -16,6 +18,7 @@ def judge(report: Report, results: Results) -> None:
     _trace_known(report, results)
     _cached(report, results)
     _many(report, results)
+    _many_guests(report, results)
     _whole(report, results)
 
 
@@ -42,6 +45,9 @@ def _trace_known(report: Report, results: Results) -> None:
         ratio = results.ratio(work_guest.COLD, link, TRACED, LIMIT, other_link="1 Gbit/s, 10 ms")
         if ratio is not None:
             report.at_most(f"cold guest, trace known, {link}: seconds / local file's", ratio, 1.05)
+        fetched = median_of(results.of(work_guest.COLD, link, TRACED), "fetched_bytes")
+        if fetched and results.guest_distinct_bytes:
+            report.at_most("  bytes fetched / distinct 64 KiB ranges", fetched / results.guest_distinct_bytes, 1.1)
     cell = (work_trace.COLD, "1 Gbit/s, 10 ms")
     runs = results.of(*cell, TRACED)
     ratio, fetched = results.ratio(*cell, TRACED, OURS), median_of(runs, "fetched_bytes")
@@ -75,6 +81,19 @@ def _many(report: Report, results: Results) -> None:
         ratio = max(many) / max(one)
         report.at_most("32 traces of one disk at once, cold: bytes fetched / those of one", ratio, 1.05)
     _at_most(report, results, "  seconds of the last / local file's", cell, LIMIT, 1.2)
+
+
+def _many_guests(report: Report, results: Results) -> None:
+    cell = (work_guest.many_name(different=False), "1 Gbit/s")
+    alone = median_of(results.of(work_guest.COLD, "1 Gbit/s, 10 ms", OURS), "fetched_bytes")
+    together = median_of(results.of(*cell, OURS), "fetched_bytes")
+    if alone and together:
+        name = f"{work_guest.AT_ONCE} guests of one disk at once, cold: bytes fetched / those of one"
+        report.at_most(name, together / alone, GUESTS_BYTES_MAX)
+    for peer in (OURS, TRACED):
+        ratio = results.ratio(*cell, peer, LIMIT)
+        if ratio is not None:
+            report.at_most(f"  seconds of the last, {peer} / local file's", ratio, 1.2)
 
 
 def _whole(report: Report, results: Results) -> None:

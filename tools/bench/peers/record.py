@@ -33,7 +33,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """All runs, and what they were made with; `distinct_bytes` are what the replayed trace touches, in 64 KiB."""
+    """All runs, and what they were made with.
+
+    `distinct_bytes` are what the replayed trace touches, in 64 KiB; `guest_distinct_bytes` what a real guest reads
+    until it is up, as basefs recorded it; 0: no guest was booted.
+    """
 
     made_at: str
     machine: str
@@ -43,6 +47,7 @@ class Results:
     source: str
     distinct_bytes: int
     versions: dict[str, str]
+    guest_distinct_bytes: int = 0
     runs: list[Run] = field(default_factory=list)
 
     def of(self, work: str, link: str, peer: str) -> list[Run]:

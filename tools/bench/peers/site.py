@@ -47,6 +47,8 @@ class Site:
         self.disks: list[Disk] = []
         self.boot_trace = b""
         """Of the first disk, for whoever knows it before: of the work at hand, recorded by basefs."""
+        self.guest_distinct_bytes = 0
+        """What a real guest's boot reads of it, in 64 KiB; 0: nobody recorded one."""
 
     def __enter__(self) -> Self:
         try:
