@@ -17,6 +17,8 @@ IMAGE_BYTES = 512 << 20
 ROUNDS = 7
 ROUND_S = 2
 HEADER_BYTES = 4096
+READERS = (0, 1, 2)
+"""Reader processes beside the server; 2 is more than two cores have room for."""
 MAX_BACKGROUND = 1024
 READ_AHEAD_KB = 1024
 
@@ -106,24 +108,30 @@ def alternate(first: Callable[[], float], second: Callable[[], float]) -> tuple[
 
 
 def run(report: Report, scratch: Path) -> None:
-    """Cache an image completely, then read it and its twin."""
-    report.part("cached", f"reads of a cached image, {ROUNDS} alternating rounds, medians")
+    """Cache an image completely, then read it and its twin, without readers and with them."""
     image = scratch / "image.raw"
     block = os.urandom(16 << 20)
     with open(image, "wb") as out:
         out.writelines(block for _ in range(IMAGE_BYTES // len(block)))
     with Rig(scratch / "rig") as rig:
         image_id = rig.place(image, "cached")
-        with BasefsMount(scratch / "mount", rig.conf_lines()) as mount:
-            mount.cli("image", "warm", image_id, "--wait", timeout_s=300)
-            mine = mount.path(image_id)
-            with minimal_mount(image, scratch / "minimal") as other:
-                subprocess.run(["cmp", str(mine), str(other)], check=True)
-                for workload in DIRECT:
-                    compare(report, workload, mine, other)
-                ours, theirs, _ = alternate(lambda: buffered_read(mine), lambda: buffered_read(other))
-                report.at_least("buffered sequential, GB/s", ours / 1e9, 1.0)
-                report.tell("  minimal pyfuse3", f"{theirs / 1e9:.2f}")
+        for readers in READERS:
+            with BasefsMount(scratch / f"mount-{readers}", rig.conf_lines(), {"readers": readers}) as mount:
+                mount.cli("image", "warm", image_id, "--wait", timeout_s=300)
+                _beside_minimal(report, readers, mount.path(image_id), image, scratch / f"minimal-{readers}")
+
+
+def _beside_minimal(report: Report, readers: int, mine: Path, image: Path, mountpoint: Path) -> None:
+    report.part(
+        f"cached {readers}", f"reads of a cached image, readers = {readers}, {ROUNDS} alternating rounds, medians"
+    )
+    with minimal_mount(image, mountpoint) as other:
+        subprocess.run(["cmp", str(mine), str(other)], check=True)
+        for workload in DIRECT:
+            compare(report, workload, mine, other)
+        ours, theirs, _ = alternate(lambda: buffered_read(mine), lambda: buffered_read(other))
+        report.at_least("buffered sequential, GB/s", ours / 1e9, 1.0)
+        report.tell("  minimal pyfuse3", f"{theirs / 1e9:.2f}")
 
 
 def compare(report: Report, workload: Workload, mine: Path, other: Path) -> None:
