@@ -66,7 +66,7 @@ def _predecessors(lock_fd: int) -> list[_Predecessor]:
         if pid == os.getpid():
             continue
         arguments = processes.json_argument(pid)
-        if arguments is None or not {"lock_fd", "ready_fd"} & arguments.keys():
+        if arguments is None or not {"lock_fd", "ready_fd", "reader"} & arguments.keys():
             continue
         if arguments.get("keeper_pid") == os.getpid():
             continue

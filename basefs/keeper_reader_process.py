@@ -63,12 +63,12 @@ class ReaderProcess:
     def __init__(self, number: int, place: Place, lock_fd: int) -> None:
         """Raises OSError when it cannot be started."""
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fds = {**place._asdict(), "keeper_fd": theirs.fileno(), "lock_fd": lock_fd}
-        arguments = json.dumps({"reader": number, "keeper_pid": os.getpid(), **fds})
+        self._fds = [*place, lock_fd]
+        arguments = json.dumps({"reader": number, "keeper_pid": os.getpid(), "keeper_fd": theirs.fileno()})
         with theirs:
             try:
                 # -S: the site module costs half of the start. It needs the standard library, and this package.
-                self.pid = spawn([*COMMAND, arguments], list(fds.values()), {"PYTHONPATH": PACKAGE_PARENT})
+                self.pid = spawn([*COMMAND, arguments], [theirs.fileno()], {"PYTHONPATH": PACKAGE_PARENT})
             except OSError:
                 self.control.close()
                 raise
@@ -78,6 +78,15 @@ class ReaderProcess:
         self.is_ready = False
         self.is_silent = False
         self.failure = ""
+
+    def give_place(self) -> None:
+        """It has started, and takes requests from here on.
+
+        Not before: one that still starts when we are killed must keep neither the mount nor the lock alive.
+        """
+        self.is_ready = True
+        with suppress(OSError):  # It is gone, which its pidfd tells.
+            socket.send_fds(self.control, [b'{"type": "place"}'], self._fds)
 
     def send(self, message: dict[str, object], fd: int | None = None) -> bool:
         """Hand over one datagram. A reader that takes none hangs, which the pings tell."""

@@ -220,7 +220,7 @@ class Readers:
         if message is None:
             return
         if message.get("type") == "ready":
-            reader.is_ready = True
+            reader.give_place()
             if seat.end_by_s is None:
                 seat.watchdog.begin(time.monotonic(), self._watchdog_s)
             self._connect(seat)

@@ -1,6 +1,6 @@
 """A reader: answers reads of what is here by itself, and hands every other request to the server. Stdlib only.
 
-`python -m basefs.reader JSON` with the numbers of its fds: a clone of /dev/fuse, its slots, the keeper's socket.
+`python -m basefs.reader JSON` with the number of the keeper's socket; over that come a clone of /dev/fuse and slots.
 
 Invariants:
 - Nothing here waits but the one `epoll`: a request that cannot be handed on now is kept in its slot.
@@ -34,6 +34,8 @@ _READ, _INTERRUPT = 15, 36
 BURST = 32
 """Requests that are answered between two looks at the sockets."""
 MESSAGE_BYTES_MAX = 4096
+PLACE_FDS = 3
+"""Clone, slots, lock."""
 _RELEASE_BYTES_MIN = 64 * 1024
 """A slot that had as much gives its memory back."""
 GONE = (errno.ENODEV, errno.ECONNABORTED)
@@ -71,7 +73,6 @@ class Reader:
 
     def run(self) -> NoReturn:
         """Serve until the session or our use is over: ends the process."""
-        self._send_keeper({"type": "ready"})
         while True:
             is_idle = not self._free or self._is_stopping or self._burst()
             self._set_takes(bool(self._free) and not self._is_stopping)
@@ -247,9 +248,15 @@ class Reader:
 
 def main() -> None:
     """Entry point of `python -m basefs.reader`."""
-    arguments = json.loads(sys.argv[1])
-    reader = Reader(**{name: arguments[name] for name in ("clone_fd", "slots_fd", "keeper_fd")})
-    reader.run()
+    keeper_fd = int(json.loads(sys.argv[1])["keeper_fd"])
+    with socket.socket(fileno=os.dup(keeper_fd)) as keeper:
+        keeper.send(b'{"type": "ready"}')
+        # The lock's fd says what we belong to (keeper_predecessors).
+        _, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES_MAX, PLACE_FDS)
+    if len(fds) != PLACE_FDS:
+        sys.exit(0)  # The keeper is gone.
+    os.set_blocking(keeper_fd, False)
+    Reader(clone_fd=fds[0], slots_fd=fds[1], keeper_fd=keeper_fd).run()
 
 
 if __name__ == "__main__":
