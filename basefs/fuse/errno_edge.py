@@ -53,6 +53,7 @@ ERRNO_OF: dict[type[errors.BasefsError], int] = {
     errors.SourceCorruptError: errno.EIO,
     errors.SourceHashError: errno.EIO,
     errors.RangeNotHonouredError: errno.EIO,
+    errors.StoreGoneError: errno.EIO,
     errors.VolumeError: errno.EIO,
     errors.NoVolumeError: errno.EIO,
     errors.VolumeRefusedError: errno.EIO,
