@@ -1,7 +1,7 @@
-"""Reads of one image on this node: what is here is served, what is not is waited for.
+"""One image's bytes on this node, over its parts.
 
-Owned by the trio loop. `_ledger` knows the chunks, `_transfers` brings them, `_deliveries` publishes them, `_board`
-wakes the readers; no await stands between finding a chunk absent and waiting for it.
+Owned by the trio loop. `_ledger` knows the chunks, `_reads` serves them, `_transfers` brings them, `_deliveries`
+publishes them, `_board` wakes the readers.
 """
 
 import copy
@@ -18,9 +18,9 @@ from basefs.cache.chunk_file import ChunkFile
 from basefs.cache.deliveries import Deliveries
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.flights import Flights
-from basefs.cache.hit_buffer import in_whole_pages
 from basefs.cache.image_eviction import ImageEviction
 from basefs.cache.image_map import ImageCells, cells_of
+from basefs.cache.image_reads import ImageReads
 from basefs.cache.image_trace import ImageTrace
 from basefs.cache.ledger import STORED, ChunkLedger
 from basefs.cache.reader_table import ReaderTable, Share
@@ -78,6 +78,17 @@ class ImageFetcher:
         hits = self._verifier if file is None or STORED in states else file
         self.hit: Callable[[int, int], memoryview | bytes | None] = hits.hit
         self.hit_into: Callable[[int, memoryview], bool] = hits.hit_into
+        self._reads = ImageReads(
+            entry,
+            self._ledger,
+            self._verifier,
+            self._transfers,
+            self._deliveries,
+            self.whole,
+            self.trace,
+            services,
+            self.hit,
+        )
         self._deliveries.tell_size()
 
     @property
@@ -179,7 +190,7 @@ class ImageFetcher:
         last_error: list[errors.BasefsError] = []
         span = chunk_span(offset, length, self.chunk_bytes)
         with self._reader(span), trio.move_on_after(deadline_s):
-            return await self._read(span, offset, length, patient, last_error)
+            return await self._reads.read(span, offset, length, patient, last_error)
         gate = self._deliveries.gate
         if (error := last_error[-1] if gate.is_open and last_error else gate.error) is not None:
             raise copy.copy(error)
@@ -214,102 +225,11 @@ class ImageFetcher:
                 self._no_readers.set()
                 self._no_readers = trio.Event()
 
-    async def _read(
-        self, span: range, offset: int, length: int, patient: bool, last_error: list[errors.BasefsError]
-    ) -> bytes | memoryview:
-        """As `read`, without the deadline; `last_error` gets the failures that were waited through."""
-        memory: dict[int, bytes | memoryview] = {}
-        seals = self.whole.seals
-        while True:
-            if self.whole.is_sealed:
-                last_error[:] = [self.whole.quarantine_error()]
-                await self.whole.wait_open()
-            if seals != self.whole.seals:
-                memory.clear()
-                seals = self.whole.seals
-            for marker, chunks in self._ledger.touch(span):
-                self._transfers.read_ahead(marker, chunks)
-            if fresh := self._ledger.first_touches(span):
-                self.trace.touched(span, fresh, by_guest=patient)
-            memory |= await self._verifier.verify(span)
-            absent = [index for index in self._ledger.absent(span) if index not in memory]
-            if absent and (kept := self._unstored(absent)):
-                memory |= kept
-                absent = [index for index in absent if index not in memory]
-            if not absent:
-                data = await self._assemble(span, offset, length, memory)
-                if data is not None and self.whole.seals == seals:
-                    return data
-            elif not self._deliveries.gate.is_open:
-                await self._deliveries.gate.wait()
-            else:
-                try:
-                    with self._services.readers.waiting():
-                        memory |= await self._transfers.wait_for(absent)
-                except errors.BasefsError as exc:
-                    last_error[:] = [exc]
-                    if not _may_pass(exc, patient=patient):
-                        raise
-
     async def kept_start(self, length: int) -> bytes | None:
         """The first `length` bytes, 0 < length <= size, if all of them are in the cache; nothing is fetched."""
         span = chunk_span(0, length, self.chunk_bytes)
         with self._reader(span):
-            memory: dict[int, bytes | memoryview] = {}
-            memory |= await self._verifier.verify(span)
-            if self.whole.is_sealed or not memory.keys() >= set(self._ledger.absent(span)):
-                return None
-            start = await self._assemble(span, 0, length, memory)
-            return None if start is None else bytes(start)
-
-    def _unstored(self, absent: list[int]) -> dict[int, bytes]:
-        """Those of `absent` that are kept in memory, as long as nothing can be stored."""
-        unstored = self._services.unstored
-        if self._services.health.is_usable and not self._services.evictor.is_full:
-            unstored.clear()
-            return {}
-        found = {index: unstored.get(self.entry.number, index) for index in absent}
-        return {index: chunk for index, chunk in found.items() if chunk is not None}
-
-    async def _assemble(
-        self, span: range, offset: int, length: int, memory: dict[int, bytes | memoryview]
-    ) -> bytes | memoryview | None:
-        """The bytes, all of which are here; None when the cache disk failed and the reader has to look again.
-
-        As `_read_file`, nothing is awaited once the bytes are in the buffer of the hits.
-        """
-        if not memory:
-            return await self._read_file(offset, length, span)
-        parts = []
-        for index in span:
-            start = index * self.chunk_bytes
-            begin, end = max(offset, start), min(offset + length, start + self.chunk_bytes)
-            part: bytes | memoryview
-            if index in memory:
-                part = memory[index][begin - start : end - start]
-            else:
-                found = await self._read_file(begin, end - begin, range(index, index + 1))
-                if found is None:
-                    return None
-                part = bytes(found)  # the next one comes into the same buffer
-            parts.append(part)
-        return in_whole_pages(b"".join(parts))
-
-    async def _read_file(self, offset: int, length: int, span: range) -> bytes | memoryview | None:
-        """The bytes of READY chunks, until the next await; None when the cache disk failed: they are absent then."""
-        hit = self.hit(offset, length)
-        if hit is not None:
-            return hit
-        file = self._ledger.file
-        if file is not None:
-            try:
-                return in_whole_pages(await self._services.disk.run(file.read, offset, length))
-            except errors.CacheError as exc:
-                self._services.health.failed(exc)
-        for index in span:
-            self._ledger.lose(index)
-        self._deliveries.tell_size()
-        return None
+            return await self._reads.kept_start(span, length)
 
     async def check_disk(self, span: range) -> DiskCheck | None:
         """What the disk holds of the chunks in `span`, past the page cache; None when the image was closed.
@@ -419,10 +339,3 @@ class ImageFetcher:
         file, self._ledger.file = self._ledger.file, None
         if file is not None:
             file.close()
-
-
-def _may_pass(error: errors.BasefsError, *, patient: bool) -> bool:
-    """Whether waiting may help."""
-    if isinstance(error, errors.SourceUnavailableError | errors.SourceCorruptError):
-        return True
-    return patient and isinstance(error, errors.SourceForbiddenError)
