@@ -183,7 +183,9 @@ def probe(mountpoint: str | os.PathLike[str], *, deadline_s: float) -> Literal["
     """
     code = "import os, sys\ntry: os.statvfs(sys.argv[1])\nexcept OSError as exc: sys.exit(exc.errno)"
     argv = [sys.executable, "-I", "-S", "-c", code, os.fspath(mountpoint)]
-    pid = os.posix_spawn(sys.executable, argv, os.environ)
+    # Not our pipes: whoever reads them to their end would wait for it, too.
+    quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
+    pid = os.posix_spawn(sys.executable, argv, os.environ, file_actions=quiet)
     pidfd = os.pidfd_open(pid)
     try:
         poller = select.poll()
