@@ -181,7 +181,7 @@ def _application(view: ServiceView) -> Starlette:
     """The routes of docs/OPERATIONS.md over `view`."""
     commands = _Commands(view)
     # Image names may hold slashes: the reference is what lies between the prefix and the verb.
-    return Starlette(
+    application = Starlette(
         routes=[
             Route(f"{API_PREFIX}/status", commands.status, methods=["GET"]),
             Route(f"{API_PREFIX}/images", commands.images, methods=["GET"]),
@@ -202,6 +202,9 @@ def _application(view: ServiceView) -> Starlette:
         ],
         exception_handlers={BasefsError: _answer_error},
     )
+    # `v1/maps` is no other name of `v1/maps/`; starlette's redirect would stumble over a query that is no UTF-8.
+    application.router.redirect_slashes = False
+    return application
 
 
 async def _answer_error(_request: Request, exc: Exception) -> Response:

@@ -1,7 +1,7 @@
 """Requests that did not come through pyfuse3: decoded, given to the same `Operations`, answered as pyfuse3 would.
 
 The order of calls, the errors and the flags of a reply are those of pyfuse3's handlers (handlers.pxi) over libfuse
-(lib/fuse_lowlevel.c); `tests/mount/test_forwarded.py` holds both ways against each other.
+(lib/fuse_lowlevel.c); `tests/fuse/test_forwarded.py` holds both ways against each other.
 """
 
 import errno
@@ -16,6 +16,7 @@ from typing import Any
 
 import pyfuse3
 
+from basefs.concurrency.guarded import guarded
 from basefs.core import fuse_wire as wire
 from basefs.core.fuse_wire import Opcode, Request, SetattrValid
 from basefs.fuse.listing_page import ListingPage
@@ -54,6 +55,9 @@ class ChangedFields:
     update_size: bool
 
 
+_FORESEEN = (pyfuse3.FUSEError, ValueError, struct.error)
+
+
 async def answer(operations: Face, request: Request) -> list[Body]:
     """The whole reply in pieces, to be written at once and before the next await; empty where none is due.
 
@@ -62,21 +66,17 @@ async def answer(operations: Face, request: Request) -> list[Body]:
     handler = _HANDLERS.get(request.opcode)
     if handler is None:
         return [wire.error_reply(request.unique, errno.ENOSYS)]
+    code = errno.EIO
     try:
-        body = await handler(operations, request)
+        with guarded(log, "bug in a forwarded request of opcode %d", request.opcode, foreseen=_FORESEEN):
+            body = await handler(operations, request)
+            code = 0
+            if body is not None and request.opcode not in wire.NO_REPLY:
+                return [wire.reply_header(request.unique, len(body)), body]
     except pyfuse3.FUSEError as exc:
         code = exc.errno
     except (ValueError, struct.error):
         code = errno.EINVAL
-    except Exception:
-        log.exception("bug in a forwarded request of opcode %d", request.opcode)
-        code = errno.EIO
-    else:
-        if request.opcode in wire.NO_REPLY:
-            return []
-        if body is not None:
-            return [wire.reply_header(request.unique, len(body)), body]
-        code = 0
     return [] if request.opcode in wire.NO_REPLY else [wire.error_reply(request.unique, code)]
 
 

@@ -409,6 +409,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], list[bytes]]] = {
             b"POST\nv1/images/open/evict",
             b"GET\nv1/images/a/b",
             b"GET\nv1/maps/one\ncells=100",
+            b"GET\nv1/maps\n\xff",
         ],
     ),
     "keeper-datagrams": (
