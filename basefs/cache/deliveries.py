@@ -17,7 +17,7 @@ from basefs.cache.outage import RetryGate
 from basefs.cache.receiver import Claims, Receiver, Store
 from basefs.cache.space import Room
 from basefs.cache.waiters import WaiterBoard
-from basefs.catalog.records import ImageEntry
+from basefs.catalog.records import WHOLE, ImageEntry
 from basefs.core.inodes import image_inode
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Deliveries:
         local.cached_bytes = self._ledger.cached_bytes
         # Also where what was lost is here again: it was not hashed.
         is_other = self._ledger.losses > self._losses or local.cached_bytes < self._ledger.size
-        if is_other and local.whole in ("verified", "no_hash"):
+        if is_other and local.whole in WHOLE:
             local.whole = "unknown"
         self._losses = self._ledger.losses
         self._services.changed(self._entry)

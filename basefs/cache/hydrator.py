@@ -21,7 +21,7 @@ import trio
 
 from basefs import errors
 from basefs.cache.warmer import Warmer
-from basefs.catalog.records import ImageEntry
+from basefs.catalog.records import WHOLE, ImageEntry
 from basefs.concurrency.guarded import guarded
 from basefs.concurrency.outage import Outage
 from basefs.core.retry import backoff_s
@@ -203,7 +203,7 @@ class Hydrator:
             self._finished.discard(entry.number)
             if entry.is_gone or entry.record.status != "active":
                 return False  # it cannot be had any more
-        if is_all_here and local.whole in ("verified", "no_hash") and entry.number in self._finished:
+        if is_all_here and local.whole in WHOLE and entry.number in self._finished:
             return False
         if local.is_wanted:
             return True

@@ -18,7 +18,7 @@ import trio
 from basefs import errors
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
-from basefs.catalog.records import ImageEntry
+from basefs.catalog.records import WHOLE, ImageEntry
 from basefs.concurrency.guarded import guarded
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Warmer:
             with fetcher.held():
                 fetcher.trace.replay_asked()
                 await fetcher.trace.wait_replayed()  # what a boot reads comes first
-                while await fetcher.whole.settle() not in ("verified", "no_hash"):
+                while await fetcher.whole.settle() not in WHOLE:
                     await self._bring(warming, fetcher)
         except trio.Cancelled:
             fetcher.stop_unwanted()

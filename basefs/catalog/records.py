@@ -15,6 +15,8 @@ WholeState = Literal["unknown", "verified", "no_hash", "refetching", "quarantine
 """What is known of an image as a whole: `unknown` (not complete, or not hashed yet), `verified` (it has the hash that
 Glance tells), `no_hash` (complete; Glance tells none), `refetching` (the hash was wrong once; it is fetched again),
 `quarantined` (wrong again: left for the operator)."""
+WHOLE: tuple[WholeState, ...] = ("verified", "no_hash")
+"""All of it is here, and as right as can be known: what may become a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

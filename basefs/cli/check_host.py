@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from basefs.cli.common import human_bytes
+from basefs.cli.cells import human_bytes
 from basefs.cli.findings import Finding, error, ok, warning
 from basefs.config import Settings
 

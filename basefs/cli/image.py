@@ -1,14 +1,14 @@
 """`basefs image list|show|warm|evict|pin|unpin`."""
 
 import argparse
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 from cliff.lister import Lister
 from cliff.show import ShowOne
 
-from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, cell, columns_of, human_bytes, say_error
+from basefs.cli.cells import columns_of, human_bytes, rows_of
+from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, say_error
 from basefs.cli.progress import progress_reporter
 from basefs.errors import ControlError
 
@@ -18,11 +18,9 @@ LIST_COLUMNS = ("id", "name", "base_name", "disk_format", "size", "shown_size", 
 class ImageList(BasefsCommand, Lister):
     """List every Glance image that basefs knows, and what is here of it."""
 
-    def take_action(self, _parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], Iterator[tuple[Any, ...]]]:
+    def take_action(self, _parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
         """Names and rows for cliff."""
-        images = self.client().images()
-        rows = (tuple(cell(name, image.get(name)) for name in LIST_COLUMNS) for image in images)
-        return LIST_COLUMNS, rows
+        return LIST_COLUMNS, rows_of(LIST_COLUMNS, self.client().images())
 
 
 class _ImageCommand(BasefsCommand):

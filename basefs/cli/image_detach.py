@@ -20,4 +20,9 @@ class ImageDetach(BasefsCommand):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Returns when the volume is detached."""
         answer = self.client().detach(parsed_args.ref, force=parsed_args.force)
-        self.app.stdout.write(f"detached volume {answer['volume_id']} of image {answer['image_id']}\n")
+        volume_id, image_id = answer["volume_id"], answer["image_id"]
+        if volume_id is None:
+            done = f"image {image_id} had no volume yet, and is linked to none until it is opened next"
+        else:
+            done = f"detached volume {volume_id} of image {image_id}"
+        self.app.stdout.write(f"{done}\n")

@@ -10,7 +10,8 @@ from cliff.formatters.base import SingleFormatter
 from cliff.show import ShowOne
 from stevedore.extension import Extension, ExtensionManager
 
-from basefs.cli.common import BasefsCommand, columns_of
+from basefs.cli.cells import columns_of
+from basefs.cli.common import BasefsCommand
 from basefs.cli.picture_options import add_picture_options, check_picture_options
 
 CELLS = 4096

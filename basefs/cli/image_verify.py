@@ -4,7 +4,8 @@ import argparse
 from contextlib import closing
 from typing import Any
 
-from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, human_bytes, say_error
+from basefs.cli.cells import human_bytes
+from basefs.cli.common import FAILURE, INTERRUPTED, BasefsCommand, say_error
 from basefs.cli.progress import progress_reporter
 from basefs.errors import ControlError
 

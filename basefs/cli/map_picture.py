@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from basefs.cli.common import human_bytes
+from basefs.cli.cells import human_bytes
 from basefs.cli.map_cells import KINDS, Cell, cells_of, coarser, offset_text, printable, share_text
 from basefs.errors import ControlError
 

@@ -5,7 +5,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from basefs.cli.common import human_bytes
+from basefs.cli.cells import human_bytes
 from basefs.cli.map_cells import KINDS, Cell, cells_of, coarser, offset_text, printable, share_text
 
 ROWS_MAX = 16

@@ -6,7 +6,8 @@ from typing import Any
 
 from cliff.show import ShowOne
 
-from basefs.cli.common import BasefsCommand, columns_of
+from basefs.cli.cells import columns_of
+from basefs.cli.common import BasefsCommand
 from basefs.cli.keeper_client import ask_keeper
 from basefs.errors import ControlError
 

@@ -3,14 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cliff.lister import Lister
 from cliff.show import ShowOne
 
-from basefs.cli.common import BasefsCommand, cell, columns_of
+from basefs.cli.cells import columns_of, rows_of
+from basefs.cli.common import BasefsCommand
 from basefs.cli.picture_options import add_picture_options, check_picture_options
 from basefs.core.trace_file import FILE_BYTES_MAX, parse_trace
 from basefs.errors import ControlError
@@ -21,10 +21,9 @@ LIST_COLUMNS = ("image_id", "name", "size", "traced_bytes", "traced_percent", "s
 class TraceList(BasefsCommand, Lister):
     """List the images of which it is known what a boot reads."""
 
-    def take_action(self, _parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], Iterator[tuple[Any, ...]]]:
+    def take_action(self, _parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
         """Names and rows for cliff."""
-        traces = self.client().traces()
-        return LIST_COLUMNS, (tuple(cell(name, trace.get(name)) for name in LIST_COLUMNS) for trace in traces)
+        return LIST_COLUMNS, rows_of(LIST_COLUMNS, self.client().traces())
 
 
 class TraceShow(BasefsCommand, ShowOne):

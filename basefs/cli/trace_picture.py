@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from basefs.cli.common import human_bytes
+from basefs.cli.cells import human_bytes
 from basefs.cli.map_cells import offset_text, printable
 from basefs.cli.map_picture import COLOURS, FAINT, FRAME, Box, Line, Picture
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from cliff.show import ShowOne
 
-from basefs.cli.common import FAILURE, BasefsCommand, columns_of, say_error
+from basefs.cli.cells import columns_of
+from basefs.cli.common import FAILURE, BasefsCommand, say_error
 from basefs.cli.keeper_client import ask_keeper
 
 SLACK_S = 90.0

@@ -6,7 +6,8 @@ Owned by the trio loop.
 """
 
 import logging
-from collections.abc import AsyncIterator, Container
+import os
+from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.cache.image_map import ImageCells, stored_cells
 from basefs.cache.reader_table import ReaderTable, Share
-from basefs.catalog.records import ImageEntry
+from basefs.catalog.records import WHOLE, ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.core.chunk_map import ChunkMapHeader
 from basefs.core.inodes import image_inode, image_number_of
@@ -72,11 +73,14 @@ class DownloadedImages:
         except OSError as exc:
             raise errors.CacheError(f"cache directory {self._chunks_dir}: {exc}") from exc
 
-    async def remove_unknown(self, known_numbers: set[int]) -> None:
-        """Remove chunk files of images that the catalog does not know; nobody will ask for them again."""
-        removed = await self._services.disk.run(_remove_unknown, self._chunks_dir, known_numbers)
+    async def tidy_up(self, known: Mapping[int, ImageEntry]) -> None:
+        """Remove chunk files of images that are not known, for which nobody asks again; note which images have none."""
+        removed, stored = await self._services.disk.run(_remove_unknown, self._chunks_dir, set(known))
         if removed:
             log.info("removed the chunk files of %d unknown images", removed)
+        for number, entry in known.items():
+            if number not in stored and number not in self._images and entry.local.cached_bytes:
+                self._is_not_here(entry)
 
     async def stored_numbers(self) -> set[int]:
         """The numbers of the images that have a chunk file."""
@@ -218,6 +222,8 @@ class DownloadedImages:
             CacheError: the disk does not let it go.
         """
         inode = image_inode(entry.number)
+        # Before the files go: a server that is killed between them would leave the next one with a verified image.
+        self._is_not_here(entry)
         if self._services.reader_table is not None:
             # A reader that has an earlier server's file open would keep its place on the disk.
             self._services.reader_table.revoke_inherited(entry.number)
@@ -227,20 +233,26 @@ class DownloadedImages:
             raise errors.CacheError(f"image {entry.image_id}: {exc}") from exc
         await self._services.disk.run(self._services.space.forget, inode)
         self._services.unstored.forget(entry.number)
+
+    def _is_not_here(self, entry: ImageEntry) -> None:
         entry.local.cached_bytes = 0
+        if entry.local.whole in WHOLE and not entry.local.is_graduated:
+            entry.local.whole = "unknown"  # what is fetched in its place was not hashed
+        self._services.changed(entry)
 
 
 def _make_directory(directory: Path) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _remove_unknown(directory: Path, known_numbers: set[int]) -> int:
-    inodes = {int(path.stem) for path in directory.glob("*.map") if path.stem.isdecimal()}
-    inodes |= {int(path.stem) for path in directory.glob("*.data") if path.stem.isdecimal()}
+def _remove_unknown(directory: Path, known_numbers: set[int]) -> tuple[int, set[int]]:
+    """How many went, and the numbers of the known images that have files. OSError: the directory cannot be read."""
+    names = [name.partition(".") for name in os.listdir(directory)]
+    inodes = {int(stem) for stem, _, suffix in names if suffix in ("map", "data") and stem.isdecimal()}
     unknown = [inode for inode in inodes if image_number_of(inode) not in known_numbers]
     for inode in unknown:
         remove_files(directory, inode)
-    return len(unknown)
+    return len(unknown), {number for inode in inodes if (number := image_number_of(inode)) in known_numbers}
 
 
 def _stored_numbers(directory: Path) -> set[int]:

@@ -66,9 +66,9 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         """
         await self._images.make_directory()
 
-    async def remove_unknown(self, known_numbers: set[int]) -> None:
-        """Remove chunk files of images that the catalog does not know; nobody will ask for them again."""
-        await self._images.remove_unknown(known_numbers)
+    async def tidy_up(self, known: Mapping[int, ImageEntry]) -> None:
+        """See `DownloadedImages.tidy_up`."""
+        await self._images.tidy_up(known)
 
     async def fetch_image(self, entry: ImageEntry) -> PreparedImage:
         """See the base class. An image that became a file of the lower directory is read from there."""

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import trio
 
 from basefs import errors
-from basefs.catalog.records import ImageEntry
+from basefs.catalog.records import WHOLE, ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
 from basefs.concurrency.threads import BlockingCalls
 from basefs.handlers import parts
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
 from basefs.handlers.graduated import GraduatedImages
-from basefs.handlers.making import WHOLE, FileMaker, GraduationSettings
+from basefs.handlers.making import FileMaker, GraduationSettings
 from basefs.handlers.parts import ShownFile
 
 log = logging.getLogger(__name__)

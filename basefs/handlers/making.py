@@ -17,7 +17,7 @@ import trio
 from basefs import errors
 from basefs.cache.chunk_file import ChunkFile, data_path
 from basefs.cache.image_fetcher import ImageFetcher
-from basefs.catalog.records import ImageEntry, WholeState
+from basefs.catalog.records import WHOLE, ImageEntry
 from basefs.concurrency.threads import BlockingCalls
 from basefs.core.inodes import image_inode
 from basefs.handlers import parts
@@ -28,8 +28,6 @@ from basefs.handlers.parts import ShownFile
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-WHOLE: tuple[WholeState, ...] = ("verified", "no_hash")
-"""What may become a file."""
 STEP_BYTES = 4 << 20
 """Checked or copied in one call in a thread: 4 ms to 40 ms, after which it may be cancelled."""
 LOOK_S = 0.5

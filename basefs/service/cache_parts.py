@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,10 +141,10 @@ async def build_cache(
         pace=Pace(concurrency_max=max(1, settings.hydrate_concurrency_max), bytes_s=settings.hydrate_max_bytes_s),
     )
     handler = DownloadingTemplateImageHandler(chunks_dir, settings.chunk_bytes, services, views, graduated=graduated)
-    known = {entry.number for entry in catalog.entries()}
+    known = {entry.number: entry for entry in catalog.entries()}
     if is_first:
         await handler.init()
-        await handler.remove_unknown(known)
+        await handler.tidy_up(known)
     uses = ImageUses(handler, OverlayWatch(settings.instances_path, settings.mountpoint))
     # The mount waits for a later server, and a cache disk that fails or hangs by now is no reason not to serve.
     nursery.start_soon(_settle_in, handler, None if is_first else known, space, health, disk)
@@ -158,7 +158,7 @@ async def build_cache(
 
 async def _settle_in(
     handler: DownloadingTemplateImageHandler,
-    known: set[int] | None,
+    known: Mapping[int, ImageEntry] | None,
     space: CacheSpace,
     health: DiskHealth,
     disk: BlockingCalls,
@@ -167,7 +167,7 @@ async def _settle_in(
     if known is not None:
         try:
             await handler.init()
-            await handler.remove_unknown(known)
+            await handler.tidy_up(known)
         except (errors.CacheError, OSError) as exc:
             log.warning("the cache directory was not tidied up: %s", exc)
     while True:

@@ -86,7 +86,7 @@ async def running(
                 ids = list(claims)
                 known = {image_id: _entry(image_id, claims[image_id], images) for image_id in claims}
             await handler.init()
-            await handler.remove_unknown({entry.number for entry in known.values()})
+            await handler.tidy_up({entry.number: entry for entry in known.values()})
             new = [record(image_id, size=len(images[image_id])) for image_id in ids if image_id not in known]
             numbers = await database.upsert(new, {}) if new else {}
             entries = known | {one: _entry(one, number, images) for one, number in numbers.items()}

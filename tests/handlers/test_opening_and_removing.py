@@ -1,6 +1,6 @@
 """An image that is opened and removed at the same moment."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import trio.testing
 from basefs import errors
 from basefs.cache.chunk_file import data_path, map_path
 from basefs.cache.disk_health import DISK_RETRY_S
+from basefs.catalog.records import ImageEntry
 from basefs.core.inodes import image_inode
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
@@ -26,10 +27,10 @@ PATIENCE = Patience(deadline_s=30, is_guest=False)
 
 @asynccontextmanager
 async def a_handler(
-    directory: Path, source: MemorySource | None = None
+    directory: Path, source: MemorySource | None = None, changed: Callable[[ImageEntry], None] = lambda _entry: None
 ) -> AsyncIterator[DownloadingTemplateImageHandler]:
     async with trio.open_nursery() as nursery:
-        services = make_services(nursery, source or MemorySource({IMAGE_ID: IMAGE}), directory)
+        services = make_services(nursery, source or MemorySource({IMAGE_ID: IMAGE}), directory, changed=changed)
         handler = DownloadingTemplateImageHandler(directory, CHUNK, services, Views("raw"))
         await handler.init()
         yield handler
@@ -73,6 +74,40 @@ async def test_removing_waits_for_an_opening_under_way(tmp_path: Path) -> None:
             await handler.remove_image(entry)
             assert not data_path(tmp_path, image_inode(entry.number)).exists()
             assert entry.local.cached_bytes == 0
+
+
+async def test_what_is_removed_is_not_verified_any_more_and_that_is_noted_before_its_files_go(tmp_path: Path) -> None:
+    entry = make_entry(len(IMAGE))
+    noted: list[tuple[int, str, bool]] = []
+
+    def note(changed: ImageEntry) -> None:
+        is_there = data_path(tmp_path, image_inode(entry.number)).exists()
+        noted.append((changed.local.cached_bytes, changed.local.whole, is_there))
+
+    async with a_handler(tmp_path, changed=note) as handler:
+        await (await handler.fetch_image(entry)).read(0, len(IMAGE), PATIENCE)
+        await trio.testing.wait_all_tasks_blocked()
+        entry.local.whole = "verified"
+        await handler.remove_image(entry)
+    assert (0, "unknown", True) in noted
+
+
+async def test_an_image_whose_files_are_gone_at_the_start_is_neither_here_nor_verified(tmp_path: Path) -> None:
+    entries = {number: make_entry(len(IMAGE)) for number in (1, 2, 3)}
+    for number, entry in entries.items():
+        entry.number = number
+    noted: list[int] = []
+    async with a_handler(tmp_path) as handler:
+        await (await handler.fetch_image(entries[1])).read(0, len(IMAGE), PATIENCE)
+    entries[2].local.cached_bytes = len(IMAGE)
+    for number in (1, 2):
+        entries[number].local.whole = "verified"
+    entries[3].local.is_graduated, entries[3].local.whole = True, "verified"
+    async with a_handler(tmp_path, changed=lambda entry: noted.append(entry.number)) as handler:
+        await handler.tidy_up(entries)
+        assert noted == [2]
+    assert [entries[n].local.whole for n in (1, 2, 3)] == ["verified", "unknown", "verified"]
+    assert [entries[n].local.cached_bytes for n in (1, 2)] == [len(IMAGE), 0]
 
 
 async def test_removing_does_not_wait_for_transfers_that_hang(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_only_verified_images_are_shown_where_that_is_required(
     front: MisbehavingFront, basefs_mount: MountFactory
 ) -> None:
     """[S1608] With `require_verified` an image that is not in use is ENOENT until all of it is here and has the hash
-    that Glance tells; `basefs image warm` brings it.
+    that Glance tells; `basefs image warm` brings it. Once it was evicted it is ENOENT again.
     """
     image_id, unhashed_id = (
         front.glance.add(SMALL),
@@ -243,6 +243,11 @@ def test_only_verified_images_are_shown_where_that_is_required(
     mount.cli("image", "warm", image_id)
     assert path.read_bytes() == SMALL
     assert path.name in os.listdir(mount.mountpoint)
+    mount.cli("image", "evict", image_id)
+    assert errno_of(path.stat) == "ENOENT"
+    mount.cli("upgrade")
+    assert errno_of(path.stat) == "ENOENT"
+    assert report(mount, image_id)["cached_bytes"] == 0
     mount.cli("image", "warm", unhashed_id)
     assert errno_of(mount.path(unhashed_id).stat) == "ENOENT"
     assert "Glance tells no hash" in report(mount, unhashed_id)["refused_reason"]
