@@ -182,7 +182,8 @@ class Crew:
 
     def _died(self, server: ServerProcess) -> None:
         now_s = time.monotonic()
-        was_killed = server.exit_code == -signal.SIGKILL and not server.is_killed
+        # Of one that was traced nothing is known, so nothing against what it was handed.
+        was_killed = server.exit_code in (-signal.SIGKILL, None) and not server.is_killed
         last_answer_s = self._active.last_answer_s(server, now_s)
         delay_s = self._restarts.died(server.failure, last_answer_s, was_killed=was_killed)
         if server.has_served:

@@ -239,7 +239,8 @@ class Readers:
         if was_asked:
             seat.quick_deaths, delay_s = 0, 0.0
         else:
-            delay_s = self._died(seat, now_s - seat.started_s, was_killed=exit_code == -SIGKILL and not reader.failure)
+            was_killed = exit_code in (-SIGKILL, None) and not reader.failure
+            delay_s = self._died(seat, now_s - seat.started_s, was_killed=was_killed)
             why = reader.failure or describe_exit(exit_code)
             log.warning("reader %d died (%s); starting another", seat.number, why)
         seat.next_s = now_s + delay_s if is_wanted else None
