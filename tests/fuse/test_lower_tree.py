@@ -262,6 +262,16 @@ async def test_inode_that_is_gone_is_not_found_again(lower_dir: Path) -> None:
                 await tree.getattr(number)
 
 
+async def test_an_inode_is_found_again_beside_directories_that_vanish_meanwhile(
+    lower_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lower_dir / "file").touch()
+    entries = lower_disk._entries
+    monkeypatch.setattr(lower_disk, "_entries", lambda fd: [("gone", 7, True), *entries(fd)])
+    async with tree_over(lower_dir) as tree:
+        assert (await tree.getattr(1 << 63 | os.stat(lower_dir / "file").st_ino)).st_size == 0
+
+
 def test_search_for_an_inode_is_bounded(lower_dir: Path) -> None:
     for number in range(30):
         (lower_dir / f"d{number}").mkdir()

@@ -1,6 +1,7 @@
 """A reader without a kernel: the test is /dev/fuse, the keeper and the server."""
 
 import array
+import gc
 import json
 import mmap
 import os
@@ -41,6 +42,7 @@ CONTENT = random.Random(1).randbytes(SIZE)
 PATIENCE_S = 20.0
 SILENCE_S = 0.1
 SO_SNDBUFFORCE = 32
+FUSE_UNIQUE_RESEND = 1 << 63
 
 
 class Rig:
@@ -120,6 +122,9 @@ class Rig:
         self.kernel.close()
         self._clone.close()
         os.close(self.table.fd)
+        # Its memory and epoll have fds, too, and other tests count the open ones.
+        del self._reader
+        gc.collect()
 
 
 @pytest.fixture
@@ -241,6 +246,31 @@ def test_a_successor_goes_on_with_what_was_taken_and_no_more_than_the_slots_hold
         assert taken_slots(Place(0, rig.slots_fd)) == []
     finally:
         successor.end()
+
+
+def test_what_was_resent_twice_before_it_could_be_handed_on_is_handed_on_once(rig: Rig) -> None:
+    resent = lookup_of(2 | FUSE_UNIQUE_RESEND)
+    for request in (lookup_of(2), resent, lookup_of(4), resent):
+        rig.kernel.send(request)
+    rig.settle()
+    rig.settle()  # It has looked at the clone since the first one.
+    rig.new_server()
+    assert sorted([rig.handed_on(len(resent)) for _ in range(3)]) == sorted([lookup_of(2), resent, lookup_of(4)])
+    rig.kernel.send(lookup_of(6))
+    assert rig.handed_on(len(resent)) == lookup_of(6), "and nothing comes before it"
+    rig.settle()
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_a_forget_that_was_kept_is_handed_on_although_no_answer_to_it_is_waited_for(rig: Rig) -> None:
+    body = wire.LOOKUP_COUNT.pack(3)
+    forget = wire.IN_HEADER.pack(HEADER + len(body), wire.Opcode.FORGET, 2, INODE, 0, 0, 0, 0, 0) + body
+    rig.kernel.send(forget)
+    rig.settle()
+    rig.settle()
+    rig.new_server()
+    assert rig.handed_on(len(forget)) == forget
+    assert not select.select([rig.kernel], [], [], 0)[0], "it did not ask the kernel"
 
 
 def test_a_server_that_takes_nothing_loses_nothing_and_a_stop_waits_for_what_is_held(rig: Rig) -> None:
