@@ -91,7 +91,7 @@ class Rig:
         self.settle()
 
     def settle(self) -> None:
-        """The reader has read what was sent before: one ping may be heard before what came with it, a second may not."""
+        """The reader has read what was sent before: one ping may be heard before what came with it, no second one."""
         for number in range(2):
             self.keeper.send(b'{"type": "ping", "n": %d}' % number)
             assert self.heard() == {"type": "pong", "n": number}
