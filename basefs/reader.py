@@ -22,7 +22,7 @@ import sys
 from typing import NoReturn
 
 from basefs.reader_images import Image, Images, LowerFile
-from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
+from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, LAYOUT, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
 
 _HEAD = struct.Struct("<IIQ")
 """Of a request: length, opcode, unique."""
@@ -255,7 +255,7 @@ def main() -> None:
     """Entry point of `python -m basefs.reader`."""
     keeper_fd = int(json.loads(sys.argv[1])["keeper_fd"])
     with socket.socket(fileno=os.dup(keeper_fd)) as keeper:
-        keeper.send(b'{"type": "ready"}')
+        keeper.send(json.dumps({"type": "ready", "layout": LAYOUT}).encode())
         # The lock's fd says what we belong to (keeper_predecessors).
         _, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES_MAX, PLACE_FDS)
     if len(fds) != PLACE_FDS:
