@@ -24,7 +24,7 @@ from basefs.keeper_restarts import STEADY_S, Restarts, StartFailures
 from basefs.keeper_servers import Happening, ServerFailedError, Servers
 from basefs.keeper_spec import KeeperSpec
 from basefs.keeper_standby import Standby
-from basefs.keeper_upgrade import Answer, Upgrade, options_of
+from basefs.keeper_upgrade import Answer, Upgrade
 from basefs.kernel_session import KernelSession
 from basefs.server_process import END_LIMIT_S, ServerProcess
 from basefs.service_manager import tell_systemd
@@ -157,7 +157,8 @@ class Crew:
         self._standby.serves(now_s)
         self._ready(server, is_first)
         watchdog_s = self.option("watchdog_s", self._spec.watchdog_s)
-        self.readers.serves(int(self.option(READERS_OPTION, 0)), watchdog_s=watchdog_s, now_s=now_s)
+        wanted = int(self.option(READERS_OPTION, 0)) if self.readers.are_known_to(server) else 0
+        self.readers.serves(wanted, watchdog_s=watchdog_s, now_s=now_s)
         if self._upgrade is None:
             return
         if self._upgrade.stage == "loading":
@@ -182,7 +183,8 @@ class Crew:
 
     def _died(self, server: ServerProcess) -> None:
         now_s = time.monotonic()
-        was_killed = server.exit_code == -signal.SIGKILL and not server.is_killed
+        # Of one that was traced nothing is known, so nothing against what it was handed.
+        was_killed = server.exit_code in (-signal.SIGKILL, None) and not server.is_killed
         last_answer_s = self._active.last_answer_s(server, now_s)
         delay_s = self._restarts.died(server.failure, last_answer_s, was_killed=was_killed)
         if server.has_served:
@@ -328,11 +330,11 @@ class Crew:
 
     def _before_resend(self, server: ServerProcess) -> None:
         self.readers.cut()
-        if READERS_OPTION not in options_of(server):
+        if not self.readers.are_known_to(server):
             self.readers.give_up()
 
     def _switched(self, server: ServerProcess) -> None:
-        if READERS_OPTION in options_of(server):
+        if self.readers.are_known_to(server):
             self.readers.connect(server)
 
     def _state(self) -> str:

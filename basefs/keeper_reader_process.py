@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from basefs.reader_layout import PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
-from basefs.server_process import spawn
+from basefs.server_process import exit_code_of, spawn
 
 FUSE_DEV_IOC_CLONE = 0x8004E500
 """_IOR(229, 0, u32): a further fd on the same connection; a request is answered on the one that gave it out."""
@@ -122,13 +122,9 @@ class ReaderProcess:
         poller.register(self.pidfd, select.POLLIN)
         poller.poll(limit_s * 1000)
 
-    def close(self) -> int:
-        """Give back our ends; the exit code of the process, which has ended."""
-        exit_code = 0
-        with suppress(ChildProcessError):
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                exit_code = os.waitstatus_to_exitcode(status)
+    def close(self) -> int | None:
+        """Give back our ends; the exit code of the process, which has ended, as `exit_code_of` has it."""
+        exit_code = exit_code_of(self.pid)
         self.control.close()
         os.close(self.pidfd)
         return exit_code

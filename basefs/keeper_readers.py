@@ -5,6 +5,8 @@ Invariants:
   through it. At most one reader has it; the next is started when that one has ended.
 - A reader's death has nothing resent: the server answers on the clone what was handed on, and the next reader finds in
   the slots what was not.
+- What they share has one layout in a session, the keeper's: a reader of another one gets no place, and a server of
+  another one no readers.
 - A reader gets a server only after the kernel has resent what dead servers had taken. Before that its connection to the
   last server is cut, so nothing that it takes after the resending goes to nobody.
 """
@@ -20,8 +22,9 @@ from typing import Any
 
 from basefs.hardening import set_oom_score
 from basefs.keeper_reader_process import Place, ReaderProcess, clear_slots, new_place, taken_slots
-from basefs.keeper_watchdog import Watchdog
+from basefs.keeper_reader_seat import Seat
 from basefs.kernel_session import KernelSession
+from basefs.reader_layout import LAYOUT
 from basefs.server_process import END_LIMIT_S, ServerProcess, describe_exit
 
 log = logging.getLogger("basefs.keeper")
@@ -38,43 +41,6 @@ BUFFER_BYTES = 4 << 20
 """Of the socket to the server: a write of 1 MiB at once, and room for others behind it."""
 
 
-class _Seat:
-    """One place, its reader if there is one, and when the next is started (None: not before it is wanted)."""
-
-    def __init__(self, number: int, place: Place) -> None:
-        self.number = number
-        self.place = place
-        self.reader: ReaderProcess | None = None
-        self.watchdog = Watchdog()
-        self.next_s: float | None = None
-        self.end_by_s: float | None = None
-        """When a reader that was asked to end is killed."""
-        self.started_s = 0.0
-        self.quick_deaths = 0
-        self.server_end: socket.socket | None = None
-        """The server's end of the connection, to cut it."""
-
-    def cut(self) -> None:
-        """Nothing goes from this reader to its server any more, whatever that one does."""
-        end, self.server_end = self.server_end, None
-        if end is not None:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def stop(self, now_s: float) -> None:
-        """Have the reader end when it has handed on what it took."""
-        if self.reader is not None and self.end_by_s is None:
-            self.watchdog.end()
-            self.end_by_s = now_s + END_LIMIT_S
-            self.reader.send({"type": "stop"})
-
-    def due_s(self) -> float | None:
-        """When `Readers.on_time` has something to do here."""
-        times = (self.next_s, self.end_by_s, self.watchdog.due_s)
-        return min((time_s for time_s in times if time_s is not None), default=None)
-
-
 class Readers:
     """At most READERS_MAX; none where the kernel cannot clone or resend. `keep` leaves a place with the next keeper."""
 
@@ -88,7 +54,7 @@ class Readers:
         keep: Callable[[int, Place], bool],
     ) -> None:
         self._session = session
-        self._seats = [_Seat(number, place) for number, place in sorted(places.items())]
+        self._seats = [Seat(number, place) for number, place in sorted(places.items())]
         self._lock_fd = lock_fd
         self._oom_score = oom_score
         self._keep = keep
@@ -105,6 +71,11 @@ class Readers:
 
     # --- servers ----------------------------------------------------------------------------------------
 
+    @staticmethod
+    def are_known_to(server: ServerProcess) -> bool:
+        """Whether the server can have readers: it speaks of the layout that the places have."""
+        return server.loaded.get("reader_layout") == LAYOUT
+
     def cut(self) -> None:
         """The server has ended, or another one is about to have the session."""
         self._server = None
@@ -117,7 +88,7 @@ class Readers:
         for seat in self._seats:
             self._connect(seat)
 
-    def _connect(self, seat: _Seat) -> None:
+    def _connect(self, seat: Seat) -> None:
         if self._server is None or seat.reader is None or not seat.reader.is_ready:
             return
         theirs, servers = socket.socketpair()
@@ -130,10 +101,10 @@ class Readers:
         seat.server_end = servers
 
     def give_up(self) -> None:
-        """The next server knows no readers: end them before the kernel resends, which their slots are part of."""
+        """The next server does not know them: end them before the kernel resends, which their slots are part of."""
         for seat in self._seats:
             if seat.reader is not None:
-                seat.reader.kill("the server knows no readers")
+                seat.reader.kill("the server does not know it")
                 seat.reader.wait(END_LIMIT_S)
                 seat.reader.close()
                 seat.reader, seat.end_by_s, seat.next_s = None, None, None
@@ -171,7 +142,7 @@ class Readers:
         except OSError as exc:
             self._tell_none(f"no clone of /dev/fuse: {exc.strerror}")
             return False
-        seat = _Seat(number, place)
+        seat = Seat(number, place)
         self._seats.append(seat)
         if not self._keep(number, place):
             self._tell_none("the service manager does not keep their fds")
@@ -215,11 +186,15 @@ class Readers:
             if reader.pidfd in ready:
                 self._ended(seat, reader)
 
-    def _hear(self, seat: _Seat, reader: ReaderProcess) -> None:
+    def _hear(self, seat: Seat, reader: ReaderProcess) -> None:
         message = reader.receive()
         if message is None:
             return
-        if message.get("type") == "ready":
+        if message.get("type") == "ready" and message.get("layout") != LAYOUT:
+            self._wanted = 0
+            self._tell_none("those that are installed now are of another layout; a restart of the unit brings them")
+            seat.stop(time.monotonic())
+        elif message.get("type") == "ready":
             reader.give_place()
             if seat.end_by_s is None:
                 seat.watchdog.begin(time.monotonic(), self._watchdog_s)
@@ -227,7 +202,7 @@ class Readers:
         elif message.get("type") == "pong":
             seat.watchdog.pong(message.get("n"))
 
-    def _ended(self, seat: _Seat, reader: ReaderProcess) -> None:
+    def _ended(self, seat: Seat, reader: ReaderProcess) -> None:
         now_s = time.monotonic()
         was_asked = seat.end_by_s is not None and not reader.failure
         exit_code = reader.close()
@@ -239,14 +214,15 @@ class Readers:
         if was_asked:
             seat.quick_deaths, delay_s = 0, 0.0
         else:
-            delay_s = self._died(seat, now_s - seat.started_s, was_killed=exit_code == -SIGKILL and not reader.failure)
+            was_killed = exit_code in (-SIGKILL, None) and not reader.failure
+            delay_s = self._died(seat, now_s - seat.started_s, was_killed=was_killed)
             why = reader.failure or describe_exit(exit_code)
             log.warning("reader %d died (%s); starting another", seat.number, why)
         seat.next_s = now_s + delay_s if is_wanted else None
         if not is_wanted or seat.quick_deaths >= QUICK_DEATHS_MAX:
             self._hand_back(seat)
 
-    def _died(self, seat: _Seat, lived_s: float, *, was_killed: bool) -> float:
+    def _died(self, seat: Seat, lived_s: float, *, was_killed: bool) -> float:
         """Seconds to wait before the next one. A SIGKILL from outside says nothing against what is in the slots."""
         self._deaths += 1
         if lived_s >= STEADY_S:
@@ -257,7 +233,7 @@ class Readers:
             return 0.0
         return min(BACKOFF_FIRST_S * float(1 << max(0, seat.quick_deaths - 1)), BACKOFF_MAX_S)
 
-    def _hand_back(self, seat: _Seat) -> None:
+    def _hand_back(self, seat: Seat) -> None:
         """Let anybody have what this reader's successors would: there is none, or it ends them.
 
         The kernel hands out what is at work in the server, too. Reading twice does no harm, and what changes the lower
@@ -282,7 +258,7 @@ class Readers:
             elif seat.watchdog.due_s is not None and now_s >= seat.watchdog.due_s:
                 self._watch(seat, seat.reader, now_s)
 
-    def _start(self, seat: _Seat, now_s: float) -> None:
+    def _start(self, seat: Seat, now_s: float) -> None:
         seat.started_s, seat.next_s = now_s, None
         try:
             seat.reader = ReaderProcess(seat.number, seat.place, self._lock_fd)
@@ -293,7 +269,7 @@ class Readers:
         self.reason = ""
         set_oom_score(seat.reader.pid, self._oom_score)
 
-    def _watch(self, seat: _Seat, reader: ReaderProcess, now_s: float) -> None:
+    def _watch(self, seat: Seat, reader: ReaderProcess, now_s: float) -> None:
         number = seat.watchdog.tick(now_s)
         if number is not None:
             reader.send({"type": "ping", "n": number})

@@ -53,7 +53,7 @@ class Restarts:
         self._resent_at_s, self.resend_due_s = now_s, None
 
     def died(self, why: str, now_s: float, *, was_killed: bool) -> float:
-        """The seconds to wait before the next server; `was_killed`: by a SIGKILL that was not ours."""
+        """The seconds to wait before the next server; `was_killed`: by a SIGKILL that was not ours, as far as known."""
         self.deaths += 1
         self.last_death = why
         served_s = None if self._ready_at_s is None else now_s - self._ready_at_s

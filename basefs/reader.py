@@ -22,7 +22,7 @@ import sys
 from typing import NoReturn
 
 from basefs.reader_images import Image, Images, LowerFile
-from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
+from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, LAYOUT, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
 
 _HEAD = struct.Struct("<IIQ")
 """Of a request: length, opcode, unique."""
@@ -30,7 +30,7 @@ _READ_IN = struct.Struct("<QQI")
 """Of a read: handle, offset, size."""
 _READ_AT = 40
 _REPLY = struct.Struct("<IiQ")
-_READ, _INTERRUPT = 15, 36
+_READ, _INTERRUPT, _FORGETS = 15, 36, (2, 42)
 BURST = 32
 """Requests that are answered between two looks at the sockets."""
 MESSAGE_BYTES_MAX = 4096
@@ -193,17 +193,22 @@ class Reader:
         self._images.new_server()
         self._server = socket.socket(fileno=fd)
         self._epoll.register(fd, select.EPOLLIN)
-        kept = [at for at in self._held if self._is_ours(self._uniques[at][0])]
-        for at in set(self._held) - set(kept):
+        # By their `unique`: what was resent before, and not handed on since, has the same one as we took it with then.
+        kept = {self._uniques[at][0]: at for at in self._held if self._is_ours(at)}
+        for at in set(self._held) - set(kept.values()):
             self._release(at, SLOT_BYTES)
-        self._held = kept
+        self._held = list(kept.values())
         self._hand_on()
 
-    def _is_ours(self, unique: int) -> bool:
-        """Whether the kernel waits for our answer to this request: not, once it was handed out again.
+    def _is_ours(self, at: int) -> bool:
+        """Whether the kernel waits for our answer to the request in this slot: not, once it was handed out again.
 
-        Asked by an answer to an interrupt of it, which changes nothing (fs/fuse/dev.c: fuse_dev_do_write).
+        Asked by an answer to an interrupt of it, which changes nothing (fs/fuse/dev.c: fuse_dev_do_write). What needs
+        no answer is handed out once: a forget that is lost would keep an unlinked file's space taken.
         """
+        _, opcode, unique = _HEAD.unpack_from(self._slots[at])
+        if opcode in _FORGETS:
+            return True
         try:
             os.write(self._clone, _REPLY.pack(_REPLY.size, -errno.EINTR, unique | 1))
         except OSError:
@@ -250,7 +255,7 @@ def main() -> None:
     """Entry point of `python -m basefs.reader`."""
     keeper_fd = int(json.loads(sys.argv[1])["keeper_fd"])
     with socket.socket(fileno=os.dup(keeper_fd)) as keeper:
-        keeper.send(b'{"type": "ready"}')
+        keeper.send(json.dumps({"type": "ready", "layout": LAYOUT}).encode())
         # The lock's fd says what we belong to (keeper_predecessors).
         _, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES_MAX, PLACE_FDS)
     if len(fds) != PLACE_FDS:

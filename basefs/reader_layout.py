@@ -12,6 +12,9 @@ its bytes change.
 
 import struct
 
+LAYOUT = 1
+"""The number of all that stands here, raised when any of it changes: readers and servers say theirs to the keeper."""
+
 PAGE = 4096
 SLOTS = 64
 SLOT_BYTES = (1 << 20) + 4 * PAGE

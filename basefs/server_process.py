@@ -61,7 +61,7 @@ class ServerProcess:
         self.is_hung = False
         self.has_served = False
         self.failure = ""
-        self.exit_code = 0
+        self.exit_code: int | None = None
         self.loaded: dict[str, Any] = {}
         if nice:
             self.set_nice(nice)
@@ -148,11 +148,8 @@ class ServerProcess:
             poller.poll(END_LIMIT_S * 1000)
 
     def close(self) -> None:
-        """Give back our ends of everything; `exit_code` (negative: a signal) is known then, if the process ended."""
-        with contextlib.suppress(ChildProcessError):
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.exit_code = os.waitstatus_to_exitcode(status)
+        """Give back our ends of everything; `exit_code` (negative: a signal) is known then, if `exit_code_of` tells."""
+        self.exit_code = exit_code_of(self.pid)
         self.control.close()
         self.session.close()
         os.close(self.pidfd)
@@ -207,8 +204,23 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     return data, list(fds)
 
 
-def describe_exit(exit_code: int) -> str:
-    """`exit code 1` or `signal SIGKILL`."""
+def exit_code_of(pid: int) -> int | None:
+    """How a child that has ended did so (negative: by a signal), and it is reaped.
+
+    None: it has not ended, or a tracer (strace, gdb) has not taken note of its end yet, before which the kernel tells
+    its parent only that it ended.
+    """
+    with contextlib.suppress(ChildProcessError):
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if reaped:
+            return os.waitstatus_to_exitcode(status)
+    return None
+
+
+def describe_exit(exit_code: int | None) -> str:
+    """`exit code 1`, `signal SIGKILL`, or that a tracer hides it."""
+    if exit_code is None:
+        return "it is traced, and so nobody knows why"
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:

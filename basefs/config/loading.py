@@ -5,6 +5,7 @@ in a password must not end up in a log.
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from basefs.config.volume_options import (
 )
 from basefs.errors import ConfigError
 
+READERS_DEFAULT_MAX = 4
 _PATH_OPTIONS = ("mountpoint", "cache_dir", "control_socket", "instances_path")
 _OUR_SECTIONS = ("basefs", LINKING_SECTION, TRACE_SECTION, HTTP_SECTION, FILE_SECTION, RBD_SECTION)
 _ENDPOINT_NEEDED = ("none", "admin_token", "http_basic")
@@ -291,6 +293,8 @@ def _settings(conf: cfg.ConfigOpts) -> Settings:
             raise ConfigError(f"[basefs] {name} = {text}: {exc.strerror}") from None
     values["source_order"] = tuple(values["source_order"])
     values["instances_path"] = values["instances_path"] or Path(values["mountpoint"]).parent
+    if values["readers"] is None:
+        values["readers"] = min(max(1, len(os.sched_getaffinity(0)) - 1), READERS_DEFAULT_MAX)
     return Settings(
         **values,
         trace_share=conf[TRACE_SECTION].share,

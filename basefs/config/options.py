@@ -134,11 +134,10 @@ _FETCHING = [
     ),
     cfg.IntOpt(
         "readers",
-        default=0,
         min=0,
         max=16,
         help="Processes beside the server that answer reads of cached images by themselves; they go on while the "
-        "server is replaced. 0: none. One less than there are processors is a good number.",
+        "server is replaced. 0: none. Default: one less than there are processors, at least 1, at most 4.",
     ),
 ]
 

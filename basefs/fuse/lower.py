@@ -180,7 +180,7 @@ class LowerTree:
                     if self._inodes.table.clashes(status):
                         os.close(fd)
                         continue
-                    if not reply(name, self._inodes.entry(status), next_ids[name]):
+                    if not reply(name, self._inodes.entry(fd, status), next_ids[name]):
                         disk.close_all([fd for _, fd, _ in found[taken:]])
                         return False
                     self._inodes.adopt(fd, status)
@@ -188,8 +188,8 @@ class LowerTree:
         return True
 
     def _told(self, fd: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
-        self._inodes.adopt(fd, status)
-        return self._inodes.entry(status)
+        node = self._inodes.adopt(fd, status)
+        return self._inodes.entry(node.fd, status)
 
     # --- attributes -------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class LowerTree:
         with await self._inodes.held(inode) as node:
             status = await self._calls.status(node.fd)
             node.note(status)
-            return self._inodes.entry(status)
+            return self._inodes.attributes(status)
 
     async def setattr(
         self,
@@ -218,7 +218,7 @@ class LowerTree:
             node = held.enter_context(await self._inodes.held(inode))
             status = await self._calls.run(disk.change_attributes, node.fd, file_fd, change)
             node.note(status)
-            return self._inodes.entry(status)
+            return self._inodes.attributes(status)
 
     async def readlink(self, inode: int) -> bytes:
         """The target of a symbolic link."""
@@ -288,7 +288,7 @@ class LowerTree:
         except errors.BasefsError:
             await self._files.abandon(handle, fd)
             raise
-        return self._files.know(handle, fd, flags, node), self._inodes.entry(status)
+        return self._files.know(handle, fd, flags, node), self._inodes.entry(node.fd, status)
 
     @property
     def hits(self) -> Mapping[int, Hit]:

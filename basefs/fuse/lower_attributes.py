@@ -10,11 +10,13 @@ from basefs.fuse.lower_disk import AttributeChange, Creator
 BLOCK_BYTES = 128 * 1024
 
 
-def entry_attributes(status: os.stat_result, inode: int, timeout_s: float) -> pyfuse3.EntryAttributes:
-    """The attributes of a lower file, which the kernel may keep for `timeout_s`."""
+def entry_attributes(
+    status: os.stat_result, inode: int, timeout_s: float, *, generation: int = 0
+) -> pyfuse3.EntryAttributes:
+    """The attributes of a lower file, which the kernel may keep for `timeout_s`; with `generation` an entry's."""
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = inode
-    entry.generation = 0
+    entry.generation = generation
     entry.entry_timeout = timeout_s
     entry.attr_timeout = timeout_s
     entry.st_mode = status.st_mode

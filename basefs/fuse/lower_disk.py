@@ -104,7 +104,7 @@ def find_inode(root_fd: int, st_ino: int, entries_max: int) -> Found:
     """Searches the lower directory's tree for an inode number, looking at no more than `entries_max` entries.
 
     FileNotFoundError if it is not there. The kernel asks for a number that this server never gave out only after
-    a restart of the server.
+    a restart of the server. Names that go or come meanwhile hide none that stay.
     """
     left = entries_max
     pending = [os.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=root_fd)]
@@ -115,7 +115,10 @@ def find_inode(root_fd: int, st_ino: int, entries_max: int) -> Found:
                     left -= 1
                     if entry_ino != st_ino and not is_directory:
                         continue
-                    fd, status = find_name(parent.fd, name)
+                    try:
+                        fd, status = find_name(parent.fd, name)
+                    except OSError:
+                        continue  # It is gone since it was listed, or on another file system.
                     if status.st_ino == st_ino:
                         return fd, status
                     pending.append(fd)

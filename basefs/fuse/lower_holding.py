@@ -12,6 +12,7 @@ from basefs.fuse.lower_attributes import entry_attributes
 from basefs.fuse.lower_calls import LowerCalls, in_our_words
 from basefs.fuse.lower_disk import close_all, find_inode
 from basefs.fuse.lower_inodes import InodeTable, LowerNode
+from basefs.fuse.lower_syscalls import generation_of
 
 # A search after a restart looks at this many directory entries, about a second of a local disk.
 _SEARCH_ENTRIES_MAX = 200_000
@@ -59,9 +60,19 @@ class LowerInodes:
         except OSError as exc:
             raise in_our_words(exc) from exc
 
-    def entry(self, status: os.stat_result) -> pyfuse3.EntryAttributes:
-        """The attributes for an answer."""
+    def attributes(self, status: os.stat_result) -> pyfuse3.EntryAttributes:
+        """The attributes for an answer that names no entry."""
         return entry_attributes(status, self.table.number(status), self._timeout_s)
+
+    def entry(self, fd: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
+        """The attributes of the inode behind `fd` for an answer by which the kernel may come to know it.
+
+        With its generation: the lower file system gives an inode number again as soon as nobody has the file that had
+        it, and nobody has what only a server before us knew. The kernel, told that it is another one, leaves its old
+        inode alone; else a new file is what it remembers of the old one, removed or of another type.
+        """
+        generation = generation_of(fd) if self._calls.status_in_memory else 0
+        return entry_attributes(status, self.table.number(status), self._timeout_s, generation=generation)
 
     async def forget(self, counts: list[tuple[int, int]]) -> None:
         """Lowers lookup counts; closes what nobody knows any more. Never raises but when cancelled at once."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pyfuse3
+import trio
 
 from basefs import errors
 from basefs.core import inodes
@@ -17,6 +18,9 @@ from basefs.fuse.listing_page import Token
 from basefs.fuse.lower import LowerTree
 from basefs.fuse.request_stats import RequestStats
 from basefs.fuse.virtual_tree import BASEFS_NAME, VirtualTree
+
+REMOVED_LIMIT_S = 1.0
+"""What is not found out by then of an image whose lower file went is found out when it is looked up."""
 
 
 class Operations(pyfuse3.Operations):
@@ -113,8 +117,7 @@ class Operations(pyfuse3.Operations):
         self._check_writable(parent_inode, name)
         try:
             await self._lower.unlink(parent_inode, name)
-            if parent_inode == inodes.ROOT:
-                await self._images.lower_removed(name)
+            await self._lower_removed(parent_inode, name)
         except errors.NoSuchEntryError:
             entry = await self._images.find(name) if parent_inode == inodes.ROOT else None
             if entry is None:
@@ -137,13 +140,18 @@ class Operations(pyfuse3.Operations):
         self._check_writable(parent_inode_new, name_new)
         try:
             await self._lower.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
-            if parent_inode_old == inodes.ROOT:
-                await self._images.lower_removed(name_old)
+            await self._lower_removed(parent_inode_old, name_old)
         except errors.NoSuchEntryError:
             for parent, name in ((parent_inode_old, name_old), (parent_inode_new, name_new)):
                 if parent == inodes.ROOT and await self._images.find(name) is not None:
                     raise errors.ReadOnlyError(f"image {name!r} cannot be renamed or exchanged") from None
             raise
+
+    async def _lower_removed(self, parent_inode: int, name: bytes) -> None:
+        """A lower file has lost its name. Cancellation: not here, for what is done and not answered is done twice."""
+        if parent_inode == inodes.ROOT:
+            with trio.move_on_after(REMOVED_LIMIT_S, shield=True):
+                await self._images.lower_removed(name)
 
     def _check_writable(self, parent_inode: int, name: bytes) -> None:
         if self._virtual.owns(parent_inode) or (parent_inode == inodes.ROOT and name == BASEFS_NAME):

@@ -19,6 +19,7 @@ import trio
 
 from basefs import errors
 from basefs.core.escrow import HeldFd
+from basefs.reader_layout import LAYOUT
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class KeeperChannel:
             MountError: the keeper is gone, or said something else.
         """
         loaded = {"version": version, "options": options, "not_applied": not_applied, "config_error": config_error}
-        self.send({"type": "loaded", **loaded})
+        self.send({"type": "loaded", "reader_layout": LAYOUT, **loaded})
         while True:
             message, fds = await self.receive()
             if message.get("type") == "held":

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_defaults_are_those_of_the_options(config_file):
     loaded = config_file.settings()
     for opt in BASEFS_OPTS:
-        if opt.dest not in {"mountpoint", "cache_dir", "control_socket", "instances_path"}:
+        if opt.dest not in {"mountpoint", "cache_dir", "control_socket", "instances_path", "readers"}:
             is_list = isinstance(opt.default, list)
             assert getattr(loaded, opt.dest) == (tuple(opt.default) if is_list else opt.default)
 

@@ -2,15 +2,20 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyfuse3
 import pytest
 
 from basefs import errors
 from basefs.fuse import lower_files
 from tests.fakes.escrow import MemoryEscrow
 from tests.fuse.test_lower_tree import ROOT, ROOT_USER, open_fds, tree_over
+
+INODES_TRIED = 1000
+"""Until a file system that gives a number again has given it: the next time, mostly."""
 
 
 @pytest.fixture
@@ -77,6 +82,53 @@ async def test_no_server_gives_a_handle_that_one_before_it_gave(tmp_path: Path, 
             assert handle not in given
             given.add(handle)
             assert {await tree.write(old, 0, b"x") for old in given} == {1}
+
+
+async def test_a_new_file_with_the_number_of_one_that_the_last_server_told_of_has_another_generation(
+    tmp_path: Path, escrow: MemoryEscrow
+) -> None:
+    async with tree_over(tmp_path, escrow=escrow) as tree:
+        old = await tree.mkdir(ROOT, b"old", 0o755, ROOT_USER)
+    async with tree_over(tmp_path, escrow=escrow) as tree:
+        await tree.rmdir(ROOT, b"old")
+        for number in range(INODES_TRIED):
+            new = await tree.mkdir(ROOT, b"%d" % number, 0o755, ROOT_USER)
+            if new.st_ino == old.st_ino:
+                break
+        else:
+            pytest.skip("this file system does not give the number again")
+        assert new.generation != old.generation
+
+
+async def test_an_inode_has_one_generation_whatever_server_tells_of_it_in_whatever_answer(
+    tmp_path: Path, escrow: MemoryEscrow
+) -> None:
+    told: dict[int, set[int]] = {}
+
+    def note(_: bytes, entry: pyfuse3.EntryAttributes, __: int) -> bool:
+        told.setdefault(entry.st_ino, set()).add(entry.generation)
+        return True
+
+    async with tree_over(tmp_path, escrow=escrow) as tree:
+        handle, file = await tree.create(ROOT, b"file", 0o644, os.O_RDWR, ROOT_USER)
+        await tree.write(handle, 0, b"grows")
+        for made in (
+            file,
+            await tree.link(file.st_ino, ROOT, b"link"),
+            await tree.mkdir(ROOT, b"directory", 0o755, ROOT_USER),
+            await tree.mknod(ROOT, b"fifo", stat.S_IFIFO | 0o644, 0, ROOT_USER),
+            await tree.symlink(ROOT, b"symlink", b"file", ROOT_USER),
+        ):
+            note(b"", made, 0)
+    async with tree_over(tmp_path, escrow=escrow) as tree:
+        names = [b"file", b"link", b"directory", b"fifo", b"symlink"]
+        assert await tree.reply_names(ROOT, list(enumerate(names)), note)
+        for name in names:
+            found = await tree.lookup(ROOT, name)
+            assert found is not None
+            note(name, found, 0)
+    assert [len(generations) for generations in told.values()] == [1] * 4
+    assert len(set.union(*told.values())) == 4
 
 
 async def test_a_file_is_in_escrow_until_its_release(tmp_path: Path, escrow: MemoryEscrow) -> None:

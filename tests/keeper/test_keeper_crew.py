@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -16,12 +18,19 @@ from basefs import mounts, processes
 from basefs.cli.keeper_client import ask_keeper
 from basefs.errors import ControlError
 from basefs.keeper_requests import CLIENTS_MAX
+from basefs.keeper_restarts import DEATHS_WITH_RESEND_MAX
 from tests.faults.readers import eventually
 
 pytestmark = pytest.mark.mount
 
 CONTENT = bytes(range(256)) * 4096
 RSS_KIB_MAX = 15 * 1024
+TRACER = """
+import ctypes, sys
+PTRACE_SEIZE = 0x4206
+print(ctypes.CDLL(None).ptrace(PTRACE_SEIZE, int(sys.argv[1]), None, None), flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -96,6 +105,30 @@ def test_the_standby_takes_over_when_the_server_is_killed(mounting, control_sock
     after = wait_for_standby(control_socket)
     assert after["server_pid"] == before["standby_pid"]
     assert (after["deaths"], after["last_death"]) == (1, "signal SIGKILL")
+
+
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """The process is traced, and how it ends is for the tracer to hear first, which does not listen."""
+    argv = [sys.executable, "-c", TRACER, str(pid)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracer:
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == b"0\n"
+        yield
+        assert tracer.stdin is not None
+        tracer.stdin.close()
+
+
+def test_of_a_server_that_dies_while_it_is_traced_nothing_is_suspected(mounting, control_socket):
+    keeper = mounting.start_ready()
+    for _ in range(DEATHS_WITH_RESEND_MAX):
+        before = wait_for_standby(control_socket)
+        with traced(before["server_pid"]):
+            os.kill(before["server_pid"], signal.SIGKILL)
+            keeper.wait_for_log("died (it is traced")
+            after = wait_for_standby(control_socket)
+    assert after["server_pid"] == before["standby_pid"]
+    assert after["resend"] is True
 
 
 def test_a_standby_that_dies_is_no_event_and_is_replaced(mounting, control_socket):

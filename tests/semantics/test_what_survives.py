@@ -217,40 +217,72 @@ def test_a_cache_disk_that_fails(
         mount.stop()
 
 
+def touch_new(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+
+
+CHANGES: tuple[tuple[Callable[..., None], *tuple[str, ...]], ...] = (
+    (os.mkdir, "d"),
+    (os.rename, "d", "e"),
+    (touch_new, "f"),
+    (os.link, "f", "g"),
+    (os.unlink, "f"),
+    (os.unlink, "g"),
+    (os.rmdir, "e"),
+)
+
+
+def make_directories(above: Path, wanted: int) -> None:
+    """Make some and use them, until one has this inode number: ext4 gives it at once, unless others make files now."""
+    above.mkdir()
+    for number in range(100):
+        here = above / str(number)
+        here.mkdir()
+        touch_new(here / "file")
+        assert os.listdir(here) == ["file"]
+        if here.stat().st_ino == wanted:
+            break
+
+
 def test_changes_under_an_upgrade(front: MisbehavingFront, basefs_mount: Callable[..., BasefsMount]) -> None:
-    """[S1257] An upgrade does nothing twice and loses nothing: no call that changes the lower directory fails by it."""
+    """[S1257] An upgrade does nothing twice and loses nothing: no call that changes the lower directory fails by it.
+
+    [S1258] What is made after an upgrade or a kill is new to everybody, also where it got the inode number of a file or
+    directory that was removed and is still in use.
+    """
     mount = basefs_mount(front.conf_lines())
     stop = threading.Event()
-    failures: list[OSError] = []
+    failures: list[str] = []
     rounds = [0, 0, 0]
 
     def change(number: int) -> None:
         here = mount.mountpoint / f"worker{number}"
         here.mkdir()
         while not stop.is_set():
-            try:
-                os.mkdir(here / "d")
-                os.rename(here / "d", here / "e")
-                os.close(os.open(here / "f", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                os.link(here / "f", here / "g")
-                os.unlink(here / "f")
-                os.unlink(here / "g")
-                os.rmdir(here / "e")
-            except OSError as error:
-                failures.append(error)
-                return
+            for call, *names in CHANGES:
+                try:
+                    call(*(here / name for name in names))
+                except OSError as error:
+                    failures.append(f"{call.__name__}: {error!r} with {os.listdir(here)}")
+                    return
             rounds[number] += 1
 
-    workers = [threading.Thread(target=change, args=(number,)) for number in range(len(rounds))]
-    for worker in workers:
-        worker.start()
-    try:
-        for _ in range(2):
-            before = list(rounds)
-            mount.cli("upgrade")
-            eventually(lambda before=before: failures or all(map(int.__gt__, rounds, before)))
-    finally:
-        stop.set()
+    (mount.mountpoint / "removed").mkdir()
+    with opened(mount.mountpoint / "removed", os.O_RDONLY | os.O_DIRECTORY) as removed:
+        removed_ino = os.fstat(removed).st_ino
+        os.rmdir(mount.mountpoint / "removed")
+        workers = [threading.Thread(target=change, args=(number,)) for number in range(len(rounds))]
+        mount.cli("upgrade")
+        make_directories(mount.mountpoint / "new", removed_ino)
         for worker in workers:
-            worker.join()
+            worker.start()
+        try:
+            for _ in range(2):
+                before = list(rounds)
+                mount.cli("upgrade")
+                eventually(lambda before=before: failures or all(map(int.__gt__, rounds, before)))
+        finally:
+            stop.set()
+            for worker in workers:
+                worker.join()
     assert failures == []

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from basefs import errors
+from basefs.reader_layout import LAYOUT
 from basefs.service.keeper_channel import HOLD_WAIT_S, KeeperChannel
 
 BEGIN = {"type": "begin", "restarts": 1, "reason": "died", "last_death": "signal SIGKILL"}
@@ -72,6 +73,7 @@ async def test_a_loaded_server_waits_for_its_turn_and_collects_what_is_held(keep
         await trio.testing.wait_all_tasks_blocked()
         loaded = {
             "type": "loaded",
+            "reader_layout": LAYOUT,
             "version": "1",
             "options": {"view": "raw"},
             "not_applied": ["x"],
