@@ -11,6 +11,7 @@ from typing import Protocol
 import pytest
 import trio.testing
 
+from tests.fakes.clock import jumping_clock
 from tools.mount import BasefsMount, MountError, basefs_mounts
 from tools.rig import Rig, radosgw
 from tools.rig.leftovers import loop_devices_below
@@ -203,7 +204,13 @@ def _no_secrets_said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 @pytest.fixture
 def clock() -> trio.testing.MockClock:
     """Jumps over waits, but not while a thread is at work."""
-    return trio.testing.MockClock(autojump_threshold=0.05)
+    return jumping_clock()
+
+
+@pytest.fixture
+def autojump_clock() -> trio.testing.MockClock:
+    """As `clock`, in the place of pytest-trio's, which jumps past threads."""
+    return jumping_clock()
 
 
 # -- mounts
