@@ -78,7 +78,7 @@ class Node:
         await self.rest()
 
     async def rest(self) -> None:
-        """Return when the evictor has done what was due: a sweep that comes later takes both sides of it for one age."""
+        """Return when the evictor has done what was due: a late sweep gives what came before and after it one age."""
         is_at_work = True
         while is_at_work:
             await trio.testing.wait_all_threads_completed()

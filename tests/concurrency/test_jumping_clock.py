@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import trio
@@ -49,21 +50,23 @@ async def test_a_thread_that_waits_for_the_loop_is_not_at_work(clock: trio.testi
     assert trio.current_time() == 99
 
 
-async def test_a_thread_that_was_let_out_of_its_gate_is_waited_for_when_no_processor_is_free(
-    clock: trio.testing.MockClock,
+@pytest.fixture
+def no_processor_is_free() -> Iterator[None]:
+    burners = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(2 * (os.cpu_count() or 1))]
+    yield
+    for burner in burners:
+        burner.kill()
+        burner.wait()
+
+
+async def test_a_thread_that_was_let_out_of_its_gate_is_waited_for(
+    clock: trio.testing.MockClock, no_processor_is_free: None
 ) -> None:
-    """Beside four that compute all the time."""
-    burners = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(4)]
-    try:
-        for _ in range(20):
-            gate, calls = threading.Event(), BlockingCalls("test", threads_max=1)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(calls.run, gate.wait)
-                await trio.sleep(1)
-                with trio.fail_after(0.001):
-                    gate.set()
-                    await calls.take_all_turns()
-    finally:
-        for burner in burners:
-            burner.kill()
-            burner.wait()
+    for _ in range(20):
+        gate, calls = threading.Event(), BlockingCalls("test", threads_max=1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(calls.run, gate.wait)
+            await trio.sleep(1)
+            with trio.fail_after(0.001):
+                gate.set()
+                await calls.take_all_turns()
