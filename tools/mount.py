@@ -66,6 +66,7 @@ class BasefsMount:
                 "control_socket": self.directory / "control.sock",
                 "nova_user": "nobody",  # a user that every machine has
                 "metrics_listen": "",  # a port that every mount of a test would want
+                "lookup_deadline_s": 30.0,  # a first token and list took a real Glance 6 s on a loaded machine
                 "hydrate_concurrency_max": 0,  # what is fetched is what was read
                 "graduate": False,  # and what was fetched stays in the cache
                 "template_image_handler": "downloading",  # and nobody is asked for volumes

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple
 
 import outcome
 import trio
@@ -20,6 +20,9 @@ from keystoneauth1 import session
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from basefs.concurrency.threads import BlockingCalls
+
+if TYPE_CHECKING:
+    from urllib3._base_connection import BaseHTTPConnection
 
 EndpointName = Literal["glance", "keystone"]
 T = TypeVar("T")
@@ -61,6 +64,12 @@ class Exchange:
                 self._socket = connected
                 return
         _shut_down(connected)
+
+    def gives_back(self, connected: socket.socket) -> None:
+        """The thread's request was answered: whoever asks next may have the connection, while this call goes on."""
+        with self._lock:
+            if self._socket is connected:
+                self._socket = None
 
     def interrupt(self) -> None:
         """Make the request under way fail now; those that would follow in this call fail, too."""
@@ -177,18 +186,36 @@ def _note(connection: HTTPConnection) -> None:
         exchange.uses(connection.sock)
 
 
-class _Pool(urllib3.HTTPConnectionPool):
+def _give_back(connection: "BaseHTTPConnection | None") -> None:
+    exchange, connected = current_exchange(), getattr(connection, "sock", None)
+    if exchange is not None and connected is not None:
+        exchange.gives_back(connected)
+
+
+class PlainPool(urllib3.HTTPConnectionPool):
+    """Its connections are no exchange's once they are back in it."""
+
     ConnectionCls = PlainConnection  # type: ignore[mutable-override]  # a class attribute made to be overridden
 
+    def _put_conn(self, conn: "BaseHTTPConnection | None") -> None:
+        _give_back(conn)
+        super()._put_conn(conn)
 
-class _TlsPool(urllib3.HTTPSConnectionPool):
+
+class TlsPool(urllib3.HTTPSConnectionPool):
+    """As PlainPool."""
+
     ConnectionCls = TlsConnection  # type: ignore[mutable-override]
+
+    def _put_conn(self, conn: "BaseHTTPConnection | None") -> None:
+        _give_back(conn)
+        super()._put_conn(conn)
 
 
 class InterruptibleAdapter(session.TCPKeepAliveAdapter):
     """A transport for `requests` whose connections `run_interruptibly` can shut down."""
 
-    pool_classes: Mapping[str, type[urllib3.HTTPConnectionPool]] = {"http": _Pool, "https": _TlsPool}
+    pool_classes: Mapping[str, type[urllib3.HTTPConnectionPool]] = {"http": PlainPool, "https": TlsPool}
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  requests' own signature
         """See requests."""

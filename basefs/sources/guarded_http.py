@@ -15,7 +15,7 @@ from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConn
 from urllib3.util import connection as urllib3_connection
 
 from basefs import errors
-from basefs.concurrency.exchange import InterruptibleAdapter, PlainConnection, TlsConnection
+from basefs.concurrency.exchange import InterruptibleAdapter, PlainConnection, PlainPool, TlsConnection, TlsPool
 from basefs.core.addresses import AllowedHosts
 
 ADDRESSES_MAX = 3
@@ -64,14 +64,14 @@ def _adapter_class(hosts: AllowedHosts) -> type[InterruptibleAdapter]:
         def _new_conn(self) -> socket.socket:
             return _connected(self, "https", hosts)
 
-    class PlainPool(urllib3.HTTPConnectionPool):
+    class GuardedPool(PlainPool):
         ConnectionCls = Plain  # type: ignore[mutable-override]  # a class attribute made to be overridden
 
-    class TlsPool(urllib3.HTTPSConnectionPool):
+    class GuardedTlsPool(TlsPool):
         ConnectionCls = Tls  # type: ignore[mutable-override]
 
     class Adapter(InterruptibleAdapter):
-        pool_classes: Mapping[str, type[urllib3.HTTPConnectionPool]] = {"http": PlainPool, "https": TlsPool}
+        pool_classes: Mapping[str, type[urllib3.HTTPConnectionPool]] = {"http": GuardedPool, "https": GuardedTlsPool}
 
     return Adapter
 

@@ -30,7 +30,7 @@ class Prepared:
         self.opened = 0
 
     def images(self, *, is_used: bool = False) -> CheckedImages:
-        return CheckedImages(open=self._open, is_used=lambda _entry: is_used, refetch_deadline_s=5)
+        return CheckedImages(open=self._open, is_used=lambda _entry: is_used, refetch_deadline_s=60)
 
     def _open(self, _entry: ImageEntry) -> AbstractAsyncContextManager[ImageFetcher]:
         @asynccontextmanager
@@ -71,7 +71,7 @@ async def test_a_whole_image_is_right_and_all_of_it_was_checked(
     fetchers: Fetchers, source: MemorySource, image: bytes
 ) -> None:
     async with fetchers(source) as fetcher:
-        await fetcher.read(0, len(image), deadline_s=5, patient=False)
+        await fetcher.read(0, len(image), deadline_s=60, patient=False)
         found = await checked(fetcher)
     assert (found.checked_bytes, found.cached_bytes, found.damaged_chunks, found.error) == (
         len(image), len(image), 0, None,
@@ -84,7 +84,7 @@ async def test_damaged_chunks_of_a_complete_image_are_fetched_again(
 ) -> None:  # fmt: skip
     expected_warnings("cached chunks from byte .* are damaged")
     async with fetchers(source) as fetcher:
-        await fetcher.read(0, len(image), deadline_s=5, patient=False)
+        await fetcher.read(0, len(image), deadline_s=60, patient=False)
         damage(data, 3 * CHUNK, 100 * CHUNK, len(image) - 1)
         found = await checked(fetcher)
         assert (found.damaged_chunks, found.refetched_chunks, counters.damaged_chunks) == (3, 3, 3)
@@ -98,15 +98,15 @@ async def test_damaged_chunks_of_a_part_are_dropped_and_fetched_when_they_are_re
 ) -> None:
     expected_warnings("cached chunks from byte .* are damaged")
     async with fetchers(source) as fetcher:
-        await fetcher.read(0, 8 * CHUNK, deadline_s=5, patient=False)
+        await fetcher.read(0, 8 * CHUNK, deadline_s=60, patient=False)
         damage(data, 2 * CHUNK)
         asked = source.requests
         found = await checked(fetcher)
         assert (found.damaged_chunks, found.refetched_chunks, source.requests) == (1, 0, asked)
         assert fetcher.hit(2 * CHUNK, 10) is None
-        assert await fetcher.read(0, 8 * CHUNK, deadline_s=5, patient=False) == image[: 8 * CHUNK]
+        assert await fetcher.read(0, 8 * CHUNK, deadline_s=60, patient=False) == image[: 8 * CHUNK]
     async with fetchers(source) as fetcher:
-        assert await fetcher.read(0, 8 * CHUNK, deadline_s=5, patient=False) == image[: 8 * CHUNK]
+        assert await fetcher.read(0, 8 * CHUNK, deadline_s=60, patient=False) == image[: 8 * CHUNK]
 
 
 async def test_an_image_in_use_has_its_damaged_chunks_fetched_again_though_it_is_not_complete(
@@ -114,7 +114,7 @@ async def test_an_image_in_use_has_its_damaged_chunks_fetched_again_though_it_is
 ) -> None:
     expected_warnings("cached chunks from byte .* are damaged")
     async with fetchers(source) as fetcher:
-        await fetcher.read(0, 8 * CHUNK, deadline_s=5, patient=False)
+        await fetcher.read(0, 8 * CHUNK, deadline_s=60, patient=False)
         damage(data, 2 * CHUNK)
         assert (await checked(fetcher, is_used=True)).refetched_chunks == 1
         assert bytes(fetcher.hit(2 * CHUNK, 10) or b"") == image[2 * CHUNK :][:10]
@@ -126,7 +126,7 @@ async def test_what_cannot_be_fetched_again_is_told_and_is_no_wrong_byte(
     expected_warnings("cached chunks from byte .* are damaged")
     expected_warnings("is gone")
     async with fetchers(source) as fetcher:
-        await fetcher.read(0, len(image), deadline_s=5, patient=False)
+        await fetcher.read(0, len(image), deadline_s=60, patient=False)
         damage(data, 2 * CHUNK)
         source.faults = [errors.ImageNotFoundError("is gone")]
         found = await checked(fetcher)
@@ -136,7 +136,7 @@ async def test_what_cannot_be_fetched_again_is_told_and_is_no_wrong_byte(
 
 async def test_a_check_of_an_image_that_was_closed_meanwhile_ends(fetchers: Fetchers, source: MemorySource) -> None:
     async with fetchers(source) as fetcher:
-        await fetcher.read(0, 8 * CHUNK, deadline_s=5, patient=False)
+        await fetcher.read(0, 8 * CHUNK, deadline_s=60, patient=False)
     assert (await checked(fetcher)).checked_bytes == 0
 
 
@@ -173,7 +173,7 @@ async def test_the_scrub_goes_round_at_its_rate_and_notes_its_rounds(
     fetchers: Fetchers, source: MemorySource, image: bytes, clock: trio.testing.MockClock
 ) -> None:
     async with fetchers(source) as fetcher, trio.open_nursery() as nursery:
-        await fetcher.read(0, len(image), deadline_s=5, patient=False)
+        await fetcher.read(0, len(image), deadline_s=60, patient=False)
         store = MemoryValues()
         scrub = scrubber(Prepared(fetcher), store, bytes_s=len(image) // 20)
         begun = trio.current_time()
@@ -190,7 +190,7 @@ async def test_the_scrub_goes_on_where_it_was(
     fetchers: Fetchers, source: MemorySource, image: bytes, clock: trio.testing.MockClock
 ) -> None:
     async with fetchers(source) as fetcher, trio.open_nursery() as nursery:
-        await fetcher.read(0, len(image), deadline_s=5, patient=False)
+        await fetcher.read(0, len(image), deadline_s=60, patient=False)
         place = {"number": make_entry(1).number, "chunk": 100, "round_began_at": time.time(), "last_round_at": None}
         store = MemoryValues(scrub=json.dumps(place))
         scrub = scrubber(Prepared(fetcher), store)
@@ -206,7 +206,7 @@ async def test_the_scrub_finds_damage_and_outlives_a_note_that_is_none(
 ) -> None:  # fmt: skip
     expected_warnings("cached chunks from byte .* are damaged")
     async with fetchers(source) as fetcher, trio.open_nursery() as nursery:
-        await fetcher.read(0, len(image), deadline_s=5, patient=False)
+        await fetcher.read(0, len(image), deadline_s=60, patient=False)
         damage(data, 7 * CHUNK)
         store = MemoryValues(scrub='{"nothing": 1}')
         scrub = scrubber(Prepared(fetcher), store)

@@ -75,6 +75,15 @@ class Node:
             await self.read(entry, offset, min(step, entry.size - offset))
             self.highest_bytes = max(self.highest_bytes, self.files_bytes())
         await (await self.handler.fetch_image(entry)).fetcher._flights.wait_idle()  # sizes are told at the end
+        await self.rest()
+
+    async def rest(self) -> None:
+        """Return when the evictor has done what was due: a late sweep gives what came before and after it one age."""
+        is_at_work = True
+        while is_at_work:
+            await trio.testing.wait_all_threads_completed()
+            await trio.testing.wait_all_tasks_blocked()
+            is_at_work = trio.testing.active_thread_count() > 0
 
     def files_bytes(self) -> int:
         """What the files hold of the disk, as du counts it."""

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from basefs import errors
-from basefs.cache import state_db, state_rows
+from basefs.cache import state_rows
 from basefs.cache.state_db import StateDatabase
 from basefs.cache.state_file import StateFile
 from basefs.catalog.records import ImageEntry, Verdict
@@ -115,12 +115,6 @@ async def test_numbers_start_above_those_of_the_chunk_files(tmp_path):
     await db.close()
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mock clock jumps while a thread is at work: no wait for the file is too long then."""
-    monkeypatch.setattr(state_db, "STORE_WAIT_S", float("inf"))
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -186,9 +180,7 @@ async def test_a_path_that_cannot_be_opened_is_a_cache_error(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dir"]
 
 
-async def test_touched_state_is_written_together_after_a_second(
-    tmp_path, autojump_clock, nursery, monkeypatch, patient
-):
+async def test_touched_state_is_written_together_after_a_second(tmp_path, autojump_clock, nursery, monkeypatch):
     path = tmp_path / "state.sqlite"
     db = await StateDatabase.open(path, numbers_from=0)
     await db.upsert([record("a"), record("b")], {})
@@ -217,7 +209,7 @@ async def test_touched_state_is_written_together_after_a_second(
 
 
 async def test_a_disk_that_takes_nothing_costs_one_warning_and_no_state(
-    tmp_path, autojump_clock, nursery, caplog, monkeypatch, patient, expected_warnings
+    tmp_path, autojump_clock, nursery, caplog, monkeypatch, expected_warnings
 ):
     expected_warnings("state of images cannot be stored on the disk, trying again: .*full")
     caplog.set_level(logging.INFO)

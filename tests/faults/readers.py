@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ALIGNMENT = 4096
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 """Nothing that is waited for here takes that long on an idle machine; a loaded one is given the time."""
 _PAUSE_S = 0.05
 

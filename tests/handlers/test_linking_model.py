@@ -10,10 +10,10 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trio.testing import MockClock
 
 from basefs.core.link_record import LinkRecord
 from basefs.volumes.base import Note
+from tests.fakes.clock import jumping_clock
 from tests.fakes.memory_volumes import MemoryVolumeLinks
 from tests.handlers.linking_node import LinkingNode, World, a_linking_node, held
 
@@ -143,7 +143,7 @@ def test_random_lives(lives: list[list[tuple[Any, ...]]]) -> None:
         patch.setattr(CheckedLinks, "life", life, raising=False)
         patch.setattr("tests.handlers.linking_node.MemoryVolumeLinks", CheckedLinks)
         try:
-            trio.run(life.run, lives, clock=MockClock(autojump_threshold=0.03))
+            trio.run(life.run, lives, clock=jumping_clock())
         finally:
             life.world.escrow.close()
             for one in list(life.world.cinder.open_bytes):

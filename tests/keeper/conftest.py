@@ -18,7 +18,7 @@ from basefs import mounts
 from basefs.keeper_spec import KeeperSpec, command_line
 
 STUB = Path(__file__).with_name("stub_server.py")
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class RunningKeeper:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 UNIT = "basefs.service"
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 FDS_HIGH = 300
 """Fds are handed over from numbers above this, so that no target number is taken."""
 EXEC = """

@@ -27,7 +27,7 @@ POOL_IMAGES = 90
 NOVA = "nobody"
 """What BasefsMount takes for the nova user."""
 _LOOK_EVERY_S = 0.01
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

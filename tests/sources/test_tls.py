@@ -66,7 +66,7 @@ async def test_a_cancelled_request_ends_over_tls_too(front, certfile, tmp_path):
     for fault in (answers.hang(threading.Event()), answers.slow(10.0)):
         front.behave()
         front.on("/file").respond(fault)
-        with trio.fail_after(3):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 before = front.count("/v2/images")
                 nursery.start_soon(read, source, image)

@@ -102,7 +102,9 @@ class Peer(abc.ABC):
 
     def pids(self) -> list[int]:
         """Its processes, as they are now."""
-        return pids_with_environment(self.run_id)
+        # For a moment of its exec a process has no environment to be found by.
+        spawned = {process.pid for process in self._spawned if process.poll() is None}
+        return sorted(spawned.union(pids_with_environment(self.run_id)))
 
     def usage(self) -> Usage:
         """What its running processes have used, and children of theirs that have ended."""
