@@ -18,8 +18,9 @@ log = logging.getLogger("basefs.keeper")
 LOCK_NAME = "lock"
 FUSECTL = "/sys/fs/fuse/connections"
 PROBE_S = 3.0
-LOCK_PATIENCE_S = 2.0
-"""A server whose keeper has just ended lets go of the lock a moment later."""
+LOCK_PATIENCE_S = 10.0
+"""A server whose keeper has just ended lets go of the lock a moment later; one that was just being started, at low
+priority on a busy machine, when Python has come up far enough to see that."""
 
 
 class CacheLock:

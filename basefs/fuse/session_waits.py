@@ -12,6 +12,7 @@ for the fd with. Should a pyfuse3 not look there any more, it waits as ever, and
 
 import select
 import time
+from functools import partial
 from types import TracebackType
 
 import pyfuse3
@@ -24,23 +25,35 @@ BURST_S = 0.0002
 class RequestLock:
     """`trio.Lock` for the workers: one that is free is taken without a pass of the loop, and not handed over.
 
-    So the worker that answered a request takes the next one as long as it need not wait; the others wait.
+    So the worker that answered a request takes the next one as long as it need not wait; the others wait. One of them
+    is called when the lock becomes free, the one that came last: the memory it reads requests into was used last.
     """
 
     def __init__(self) -> None:
         self._is_taken = False
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._waiting: list[trio.lowlevel.Task] = []
+        self._is_called = False
+        """One that waited is on its way; it looks, and waits again if it finds the lock taken."""
 
     async def __aenter__(self) -> None:
         while self._is_taken:
-            await self._waiting.park()
+            task = trio.lowlevel.current_task()
+            self._waiting.append(task)
+            await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
+            self._is_called = False
         self._is_taken = True
+
+    def _leave(self, task: trio.lowlevel.Task, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._waiting.remove(task)
+        return trio.lowlevel.Abort.SUCCEEDED
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._is_taken = False
-        self._waiting.unpark()
+        if self._waiting and not self._is_called:
+            self._is_called = True
+            trio.lowlevel.reschedule(self._waiting.pop())
 
 
 class RequestWait:

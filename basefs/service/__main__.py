@@ -1,8 +1,10 @@
 """`python -m basefs.service '<JSON>'`: started by the keeper, not by hand."""
 
 import gc
+import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 
 from basefs.hardening import forbid_core_files, keep_files_private
@@ -20,7 +22,8 @@ def _import_main() -> Callable[[], int]:
 
 
 if __name__ == "__main__":
-    process.die_with_keeper()
+    if not process.die_with_keeper(json.loads(sys.argv[1])["keeper_pid"]):
+        sys.exit(1)
     forbid_core_files()
     keep_files_private()
     code = _import_main()()

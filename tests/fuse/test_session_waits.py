@@ -82,6 +82,67 @@ async def test_a_worker_that_waits_for_the_lock_may_be_cancelled() -> None:
         pass
 
 
+async def test_who_came_last_is_called_and_nobody_else_meanwhile() -> None:
+    lock = RequestLock()
+    order: list[int] = []
+
+    async def worker(number: int) -> None:
+        async with lock:
+            order.append(number)
+
+    async with trio.open_nursery() as nursery:
+        async with lock:
+            for number in range(3):
+                nursery.start_soon(worker, number)
+                await trio.testing.wait_all_tasks_blocked()
+        for _ in range(5):  # requests that are answered at once: no pass of the loop, so the one that was called waits
+            async with lock:
+                pass
+        assert order == []
+    assert order == [2, 1, 0]
+
+
+async def test_one_that_is_called_and_comes_too_late_waits_again_and_is_not_forgotten() -> None:
+    lock = RequestLock()
+    done = trio.Event()
+
+    async def worker() -> None:
+        async with lock:
+            done.set()
+
+    async with trio.open_nursery() as nursery:
+        async with lock:
+            nursery.start_soon(worker)
+            await trio.testing.wait_all_tasks_blocked()
+        async with lock:
+            await trio.testing.wait_all_tasks_blocked()
+            assert not done.is_set()
+        with trio.fail_after(10):
+            await done.wait()
+
+
+async def test_one_that_is_called_and_cancelled_takes_the_lock_with_it_for_nobody() -> None:
+    lock = RequestLock()
+    taken = 0
+
+    async def worker(scope: trio.CancelScope) -> None:
+        nonlocal taken
+        with scope:
+            async with lock:
+                taken += 1
+                await trio.lowlevel.checkpoint()
+
+    first, second = trio.CancelScope(), trio.CancelScope()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            async with lock:
+                for scope in (first, second):
+                    nursery.start_soon(worker, scope)
+                    await trio.testing.wait_all_tasks_blocked()
+            second.cancel()  # it was called just now
+    assert taken == 2
+
+
 def test_all_else_is_trio_s() -> None:
     shown = SessionTrio()
     assert shown.open_nursery is trio.open_nursery
