@@ -28,7 +28,7 @@ RBD_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only pool=images")
 
 
 class _RigWorld:
-    """`daemon` is whom the store asks."""
+    """`daemon` is whom the store asks. `undo` has the way back from what was withdrawn."""
 
     daemon = "rgw"
     glance_store = ""
@@ -36,6 +36,7 @@ class _RigWorld:
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
+        self.undo = contextlib.ExitStack()
 
     def put(self, image_id: str, data: bytes) -> str:
         self.rig.upload(data, "contract", store=self.glance_store, id=image_id)
@@ -57,6 +58,7 @@ class _RigWorld:
 
     def heal(self) -> None:
         self.rig.ceph.resume(self.daemon)
+        self.undo.close()
 
     async def close(self) -> None:
         await self.store.close()
@@ -126,16 +128,13 @@ class RealRbdWorld(_RigWorld):
         (By itself an OSD believes a client until its ticket ends, after an hour.)
         """
         self.rig.ceph.command("auth", "caps", "client.basefs", "mon", "allow r", "osd", "allow r pool=volumes")
+        self.undo.callback(self.rig.ceph.command, "auth", "caps", "client.basefs", *RBD_CAPS)
         self.end_connection()
 
     def end_connection(self) -> None:
         """As an administrator, or another client's fencing, blocklists one."""
         cluster = self.store._clusters[-1]
         self.rig.ceph.command("osd", "blocklist", "add", cluster._rados.get_addrs())
-
-    def heal(self) -> None:
-        super().heal()
-        self.rig.ceph.command("auth", "caps", "client.basefs", *RBD_CAPS)
 
 
 class RealS3World(_RigWorld):
@@ -168,22 +167,23 @@ class RealS3World(_RigWorld):
         client.put_object(Bucket=radosgw.BUCKET, Key=location.rpartition("/")[2], Body=data)
 
     def forbid(self) -> None:
-        self.rig.ceph.radosgw_admin("user", "suspend", "--uid=rigreader")
+        self._admin("user", "suspend")
+        self.undo.callback(self._admin, "user", "enable")
 
     def withdraw_policy(self) -> None:
         """The bucket lets nobody but its owner read it."""
         radosgw.s3_client(self.rig.ceph.s3_url).delete_bucket_policy(Bucket=radosgw.BUCKET)
+        self.undo.callback(radosgw.allow_reader, self.rig.ceph.s3_url)
 
     def remove_key(self) -> None:
         """The reader's key is none any more."""
-        self.rig.ceph.radosgw_admin("key", "rm", "--uid=rigreader", f"--access-key={radosgw.READER_KEY}")
+        key = f"--access-key={radosgw.READER_KEY}"
+        self._admin("key", "rm", key)
+        self.undo.callback(self._admin, "key", "create", key, f"--secret={radosgw.READER_SECRET}")
 
-    def heal(self) -> None:
-        super().heal()
-        self.rig.ceph.radosgw_admin("user", "enable", "--uid=rigreader")
-        key = (f"--access-key={radosgw.READER_KEY}", f"--secret={radosgw.READER_SECRET}")
-        self.rig.ceph.radosgw_admin("key", "create", "--uid=rigreader", *key)
-        radosgw.allow_reader(self.rig.ceph.s3_url)
+    def _admin(self, what: str, verb: str, *arguments: str) -> None:
+        # (While a radosgw that was killed is still taken for one that listens, a change takes half a minute.)
+        self.rig.ceph.radosgw_admin(what, verb, "--uid=rigreader", *arguments)
 
 
 class RealSwiftWorld(_RigWorld):
@@ -230,10 +230,7 @@ class RealSwiftWorld(_RigWorld):
 
     def forbid(self) -> None:
         self._let_read("")
-
-    def heal(self) -> None:
-        super().heal()
-        self._let_read(self._project)
+        self.undo.callback(self._let_read, self._project)
 
     def _let_read(self, acl: str) -> None:
         self.request("POST", "", **{"X-Container-Read": acl})

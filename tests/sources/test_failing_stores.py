@@ -68,16 +68,20 @@ class Reader:
 
 @asynccontextmanager
 async def reading(world):
+    closing = []
     try:
         async with trio.open_nursery() as nursery:
             reader = Reader(world, nursery)
+            closing.append(reader.choice)
             await reader.read(0, 2 * MIB)
             assert (reader.glance.requests, reader.state()) == (0, ("read", ""))
             yield reader
             nursery.cancel_scope.cancel()
     finally:
         world.heal()
-        await world.close()
+        # An image that is open when its connection ends would be closed by the collector, and hang there.
+        for one in (*closing, world):
+            await one.close()
 
 
 async def read_on(reader):
