@@ -44,8 +44,9 @@ bench: setup peers guest
 bench-peers: peers guest
 	@$(PYTHON) -m tools.bench.peers $(BENCH_ARGS)
 
-# 1, 4 and 20 nodes that boot one image at once, over Glance and over the cache tier; as root.
+# 1, 4 and 20 nodes that boot one image at once, over Glance, over the cache tier and over rbd; as root.
 bench-fleet: setup guest
+	@tools/setup ceph
 	@$(PYTHON) -m tools.bench.fleet $(BENCH_ARGS)
 
 # Images read from a real Ceph.

@@ -93,6 +93,7 @@ def _entry_of(
 
 def _local_of(fields: dict[str, Any]) -> LocalState:
     local = LocalState(**{name: value for name, value in fields.items() if name in _LOCAL_FIELDS})
+    local.locations = tuple(map(str, local.locations))
     if (link := fields.get("link")) is not None:
         known = {name: value for name, value in link.items() if name in _LINK_FIELDS}
         local.link = LinkRecord(**known | {"attachments_before": tuple(known.get("attachments_before", ()))})

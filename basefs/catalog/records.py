@@ -72,6 +72,7 @@ class LocalState:
     `link` is what was begun in Cinder for it. `no_volume` is why it has no volume that may be linked: empty when it has
     one, None when that was not looked at; only `template_image_handler = volume-linking` asks.
     `glance_only`: a store behind Glance may have given wrong bytes of it, so it is read through Glance.
+    `locations`: at which stores behind Glance it was read, without keys; Glance is asked again, and may be away.
     """
 
     used_at_ns: int | None = None
@@ -95,6 +96,7 @@ class LocalState:
     link: LinkRecord | None = None
     no_volume: str | None = None
     glance_only: bool = False
+    locations: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 LOCATION_CHARS_MAX = 2048
 """Names of objects have 1024 bytes at most."""
+S3_SCHEMES = ("s3", "s3+http", "s3+https")
+SWIFT_SCHEMES = ("swift", "swift+http", "swift+https", "swift+config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,11 @@ def object_location(location: str, schemes: tuple[str, ...]) -> ObjectLocation:
     _check_text(location)
     if location.count("://") != 1:
         raise ValueError("it has not exactly one scheme")
-    parts = urlsplit(location)
+    scheme, _, rest = location.partition("://")
+    if scheme in S3_SCHEMES:
+        # Glance's s3 store once wrote keys as they are, and S3's may hold a slash; names of ours hold no @.
+        rest = rest.rpartition("@")[2]
+    parts = urlsplit(f"{scheme}://{rest}")
     if parts.scheme not in schemes:
         raise ValueError(f"its scheme is none of {', '.join(schemes)}")
     if parts.query or parts.fragment:
@@ -76,6 +82,23 @@ def object_location(location: str, schemes: tuple[str, ...]) -> ObjectLocation:
         raise ValueError("it does not name service, bucket and object")
     *path, bucket, key = names
     return ObjectLocation(scheme=parts.scheme, service="/".join([host, *path]), bucket=bucket, key=key)
+
+
+def without_keys(location: str) -> str:
+    """The location without the user and key that Glance's s3 and swift stores write there; any other as it is."""
+    try:
+        found = object_location(location, (*S3_SCHEMES, *SWIFT_SCHEMES))
+    except ValueError:
+        return location
+    return f"{found.scheme}://{found.service}/{found.bucket}/{found.key}"
+
+
+def may_be_kept(location: str) -> bool:
+    """Whether a location has nothing in it that may be a key or a password: it may be written to a disk.
+
+    A path may let somebody read the image; so does what is kept of the image's bytes.
+    """
+    return not set("@?#") & set(location)
 
 
 def host_of(url: str) -> str:

@@ -65,6 +65,8 @@ class Sourcing:
             kept_start=self._kept_start,
             is_blamed=self._is_blamed,
             reads_from=self._reads_from,
+            kept_locations=self._kept_locations,
+            keep_locations=self._keep_locations,
         )
 
     async def place(
@@ -107,7 +109,8 @@ class Sourcing:
     def status(self) -> dict[str, Any]:
         """What `basefs status` tells."""
         in_place = {} if self.placed is None else {"images_in_place": self.placed.count()}
-        return {**in_place, "stores": self.source.stores_report()}
+        tier = [] if self.tier is None else [self.tier.report()]
+        return {**in_place, "stores": tier + self.source.stores_report()}
 
     def report(self, entry: ImageEntry) -> dict[str, Any]:
         """By which source the image was read last, and how the others stand."""
@@ -128,6 +131,16 @@ class Sourcing:
         entry = self._catalog.by_id(image_id)
         if entry is not None:
             entry.local.source_kind, entry.local.source_reason = "ranged", reason
+            self._catalog.touch(entry)
+
+    def _kept_locations(self, image_id: str) -> tuple[str, ...]:
+        entry = self._catalog.by_id(image_id)
+        return () if entry is None else entry.local.locations
+
+    def _keep_locations(self, image_id: str, locations: tuple[str, ...]) -> None:
+        entry = self._catalog.by_id(image_id)
+        if entry is not None and entry.local.locations != locations:
+            entry.local.locations = locations
             self._catalog.touch(entry)
 
     def blame(self, entry: ImageEntry) -> None:

@@ -80,7 +80,7 @@ def error_of_code(code: int, what: str) -> errors.SourceError:
 
 
 class Completion:
-    """One asynchronous call of librados or librbd. `wait` for it once, or never: nobody misses its result then."""
+    """One asynchronous call of librados or librbd. Who does not `wait` for it misses nothing."""
 
     def __init__(self, start: Callable[[Callable[[Any, Any], None]], object]) -> None:
         """`start` makes the call and hands it the function that is called, in a thread of the library, at its end."""
@@ -98,6 +98,10 @@ class Completion:
     def has_come(self, length: int) -> bool:
         """Whether it has ended well, with so many bytes."""
         return self._done.is_set() and self._data is not None and len(self._data) == length
+
+    async def ended(self) -> None:
+        """Return when it has ended, well or not. Cancellation: at any time."""
+        await self._done.wait()
 
     async def wait(self, what: str) -> bytes:
         """What was read. Raises the error that the library's code means; cancellation: at any time."""

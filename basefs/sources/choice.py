@@ -7,6 +7,7 @@ stores' rests know nothing of each other. Without a store nothing is asked but w
 """
 
 import logging
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,16 +18,17 @@ import trio
 
 from basefs import errors
 from basefs.core.location_kinds import SourceName
+from basefs.core.store_location import may_be_kept
 from basefs.observability import ConditionLog
 from basefs.sources.base import Deliver, Digest, ImageSource, ProbeResult
 from basefs.sources.delivery import Delivery
 from basefs.sources.glance import RANGED_REASON
-from basefs.sources.image_ways import ImageWays, Refusal, host_of, pairs
+from basefs.sources.image_ways import ImageWays, Refusal, StoreEndpoints, pairs
 from basefs.sources.known_locations import KnownLocations
 from basefs.sources.starts import START_BYTES, KeptStart, Starts
 from basefs.sources.store import Store
 from basefs.sources.store_reads import StoreReads
-from basefs.sources.ways import StoreEndpoint, Way
+from basefs.sources.ways import Way
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +50,15 @@ class SourceChoice:
         kept_start: KeptStart,
         is_blamed: Callable[[str], bool],
         reads_from: Callable[[str, str], None] = lambda _image_id, _reason: None,
+        kept_locations: Callable[[str], tuple[str, ...]] = lambda _image_id: (),
+        keep_locations: Callable[[str, tuple[str, ...]], None] = lambda _image_id, _locations: None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """`is_blamed(image_id)`: a store gave wrong bytes of it once, so it is read through Glance only.
 
         `reads_from(image_id, reason)` is told when an image's bytes come from another source than before.
+        `keep_locations(image_id, locations)` is given where it may be read, without a secret, to be kept for the next
+        server, whom `kept_locations(image_id)` gives it.
         """
         self.glance = glance
         self.stores: Mapping[SourceName, Store] = {store.name: store for store in stores}
@@ -60,13 +66,15 @@ class SourceChoice:
         self._nursery = nursery
         self._is_blamed = is_blamed
         self._reads_from = reads_from
-        self._locations = KnownLocations(ask_locations, nursery)
+        self._kept_locations = kept_locations
+        self._keep_locations = keep_locations
+        self._locations = KnownLocations(ask_locations, nursery, kept=kept_locations)
         self._starts = Starts(kept_start)
         self._reads = StoreReads(nursery, refresh=self._locations.refresh, jitter=jitter)
         self._images: OrderedDict[str, ImageWays] = OrderedDict()
         self._recent: OrderedDict[Way, None] = OrderedDict()
         """Ways that may have an object open, the last used last."""
-        self._endpoints: dict[tuple[SourceName, str], StoreEndpoint] = {}
+        self._endpoints = StoreEndpoints()
         self._told = ConditionLog(log, clock=trio.current_time)
 
     @property
@@ -136,7 +144,13 @@ class SourceChoice:
     def good_at(self, image_id: str) -> float:
         """When the image can be read without Glance (trio's clock): -inf now, inf never, as far as is known."""
         image = self._images.get(image_id)
-        return float("inf") if image is None or self._is_blamed(image_id) else image.good_at()
+        if self._is_blamed(image_id):
+            return math.inf
+        if image is not None:
+            return image.good_at()
+        # Nobody read it yet in this life.
+        found = pairs(image_id, self._kept_locations(image_id), self.stores, self._order)
+        return math.inf if all(isinstance(one, Refusal) for one in found) else -math.inf
 
     def report(self, image_id: str) -> dict[str, Any]:
         """By which source the image was read last, and what there is of the others, as JSON values. No secret."""
@@ -156,19 +170,7 @@ class SourceChoice:
 
     def stores_report(self) -> list[dict[str, Any]]:
         """The stores that are configured and where they were read, as JSON values. No secret."""
-        endpoints = [
-            {
-                "source": one.name,
-                "endpoint": one.host,
-                "state": "answers" if one.rest.is_good else "resting",
-                "error": one.error,
-            }
-            for one in self._endpoints.values()
-        ]
-        unused = set(self.stores) - {one.name for one in self._endpoints.values()}
-        return endpoints + [
-            {"source": name, "endpoint": "", "state": "unused", "error": None} for name in self.stores if name in unused
-        ]
+        return self._endpoints.report(self.stores)
 
     def counts(self) -> dict[SourceName, tuple[int, int]]:
         """Requests for image bytes and bytes that came, by source."""
@@ -255,13 +257,14 @@ class SourceChoice:
                 location,
                 image_id=image_id,
                 size=size,
-                endpoint=host_of(location, self._endpoints, store.name),
+                endpoint=self._endpoints.of(store.name, location),
                 starts=self._starts,
                 nursery=self._nursery,
             )
             image.ways.append(way)
         for way in kept.values():
             way.retire()
+        self._keep_locations(image_id, tuple(way.location for way in image.ways if may_be_kept(way.location)))
         self._images[image_id] = image
         while len(self._images) > IMAGES_MAX:
             _, oldest = self._images.popitem(last=False)

@@ -90,9 +90,32 @@ def _rank(kind: SourceName | None, order: Sequence[SourceName]) -> int:
     return order.index(kind) if kind is not None and kind in order else len(order)
 
 
-def host_of(location: str, endpoints: dict[tuple[SourceName, str], StoreEndpoint], name: SourceName) -> StoreEndpoint:
-    """The endpoint of the location, which all images there share."""
-    host = endpoint_of(location)
-    if (name, host) not in endpoints:
-        endpoints[name, host] = StoreEndpoint(name, host)
-    return endpoints[name, host]
+class StoreEndpoints:
+    """The endpoints that images were found at; all images at one share it."""
+
+    def __init__(self) -> None:
+        self._endpoints: dict[tuple[SourceName, str], StoreEndpoint] = {}
+
+    def of(self, name: SourceName, location: str) -> StoreEndpoint:
+        """That of a location of the store of this name."""
+        host = endpoint_of(location)
+        if (name, host) not in self._endpoints:
+            self._endpoints[name, host] = StoreEndpoint(name, host)
+        return self._endpoints[name, host]
+
+    def report(self, stores: Mapping[SourceName, Store]) -> list[dict[str, Any]]:
+        """How each stands, and which of the `stores` were not read, as JSON values. No secret."""
+        used = {one.name for one in self._endpoints.values()}
+        answers = {True: "answers", False: "resting"}
+        return [
+            *(_standing(one.name, one.host, answers[one.rest.is_good], one.error) for one in self._endpoints.values()),
+            *(
+                _standing(name, "", "unused" if store.missing is None else "missing", store.missing)
+                for name, store in stores.items()
+                if name not in used
+            ),
+        ]
+
+
+def _standing(name: SourceName, host: str, state: str, error: str | None) -> dict[str, Any]:
+    return {"source": name, "endpoint": host, "state": state, "error": error}

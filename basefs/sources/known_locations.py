@@ -1,6 +1,7 @@
-"""What Glance told of images' locations: asked once for each image, kept in memory only, for they may hold keys.
+"""What Glance told of images' locations: asked once for each image, and known from an earlier server until then.
 
-Owned by the trio loop.
+Keys that Glance's stores write into locations are dropped here: credentials come from the configuration only. Owned by
+the trio loop.
 """
 
 import logging
@@ -14,6 +15,7 @@ import trio
 
 from basefs import errors
 from basefs.concurrency.single_flight import SingleFlight
+from basefs.core.store_location import without_keys
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +40,20 @@ class _Known:
 
 
 class KnownLocations:
-    """`of` gives the locations of an image; `ask(image_id)` asks Glance and raises our errors."""
+    """`of` gives the locations of an image; `ask(image_id)` asks Glance and raises our errors.
 
-    def __init__(self, ask: Callable[[str], Awaitable[Sequence[str]]], nursery: trio.Nursery) -> None:
+    `kept(image_id)` are those that a server before this one read from.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[str], Awaitable[Sequence[str]]],
+        nursery: trio.Nursery,
+        *,
+        kept: Callable[[str], tuple[str, ...]],
+    ) -> None:
         self._ask = ask
+        self._kept = kept
         self._nursery = nursery
         self._flights: SingleFlight[str, None] = SingleFlight(nursery)
         self._known: OrderedDict[str, _Known] = OrderedDict()
@@ -54,11 +66,11 @@ class KnownLocations:
     async def of(self, image_id: str) -> tuple[str, ...]:
         """URLs in Glance's order, as far as they are known within ANSWER_LIMIT_S. Never fails.
 
-        Those that are asked for again are the answer meanwhile.
+        Those that are asked for again, and those that were kept, are the answer meanwhile.
 
         Cancellation: ends this wait only.
         """
-        known = self._known.get(image_id)
+        known = self._known.get(image_id) or self._recalled(image_id)
         if known is not None and trio.current_time() < known.ask_at:
             self._known.move_to_end(image_id)
         elif known is not None and known.locations:
@@ -68,6 +80,14 @@ class KnownLocations:
             with trio.move_on_after(ANSWER_LIMIT_S):
                 await self._question(image_id)
         return self.now(image_id)
+
+    def _recalled(self, image_id: str) -> _Known | None:
+        """What was kept of the image, to be asked for at once; None if nothing was."""
+        kept, now = self._kept(image_id), trio.current_time()
+        if not kept:
+            return None
+        self._known[image_id] = _Known(locations=kept, asked_at=now, ask_at=now)
+        return self._known[image_id]
 
     def refresh(self, image_id: str) -> None:
         """A store has not what these say: ask again when they are wanted next."""
@@ -93,7 +113,7 @@ class KnownLocations:
             log.debug("locations of image %s: %s", image_id, exc)
             again_s = FAILED_AGAIN_S
         else:
-            usable = dict.fromkeys(one for one in told if len(one) <= LOCATION_CHARS_MAX)
+            usable = dict.fromkeys(without_keys(one) for one in told if len(one) <= LOCATION_CHARS_MAX)
             locations = tuple(usable)[:LOCATIONS_MAX]
             again_s = math.inf if locations else NONE_AGAIN_S
         self._known[image_id] = _Known(locations=locations, asked_at=now, ask_at=now + again_s)

@@ -1,4 +1,4 @@
-"""A snapshot of an RBD image as librbd has it open: where it has bytes at all, and which zeros are in doubt."""
+"""A snapshot of an RBD image as librbd has it open, and where it has bytes at all."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -73,15 +73,3 @@ def _objects_of(rbd: Any, image: Any, object_bytes: int) -> bytes | None:  # noq
 
     image.diff_iterate(0, size, None, saw, include_parent=True, whole_object=True)
     return bytes(found)
-
-
-def has_zero_part(data: bytes, offset: int, part_bytes: int) -> bool:
-    """Whether all that `data`, which begins at `offset` of the image, has of some object is zeros."""
-    start = 0
-    while start < len(data):
-        stop = min(len(data), start + part_bytes - (offset + start) % part_bytes)
-        # Two bytes spare nearly all comparisons.
-        if not data[start] and not data[stop - 1] and data[start:stop] == bytes(stop - start):
-            return True
-        start = stop
-    return False

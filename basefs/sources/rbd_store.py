@@ -1,10 +1,11 @@
 """Images in Ceph, as Glance's rbd store keeps them: an RBD image named by the image id, and its snapshot `snap`.
 
-Invariant: no zero is delivered that might be a deleted object. librbd reads what is not there as zeros, and Glance may
-delete the image at any time; nobody tells us, for a reader without the right to write can watch nothing. Glance
-removes the snapshot first, from the header, and the objects after that. So zeros count if the snapshot was allocated
-nowhere there when it was opened (its object map; a snapshot does not change), or if the header still has the
-snapshot *after* they were read. An object is deleted as a whole, so bytes other than zero prove themselves.
+Invariant: no byte is delivered that the snapshot might not have. Once it is removed its objects are read as zeros where
+they were deleted, and with other bytes where the image was written since (seen: the OSD answers from its head); nobody
+tells us, for a reader without the right to write can watch nothing. The snapshot goes from the header before
+that. So what was read counts if the header has the snapshot *after* it was read; reads that wait share one such
+question. Where the snapshot was allocated nowhere when it was opened (its object map; a snapshot does not change) are
+zeros without a read.
 """
 
 import struct
@@ -31,7 +32,7 @@ from basefs.sources.ceph_cluster import (
     connected,
     load_library,
 )
-from basefs.sources.rbd_snapshot import Snapshot, has_zero_part, open_snapshot
+from basefs.sources.rbd_snapshot import Snapshot, open_snapshot
 from basefs.sources.store import StoreName
 
 SNAPSHOT = "snap"
@@ -71,6 +72,8 @@ class RbdObject:
         self._what = what
         self._is_closed = False
         self._zeros = b""
+        self._question: Completion | None = None
+        """The last one for the snapshot in the header."""
 
     async def fetch_range(self, *, offset: int, length: int, piece_bytes: int, deliver: Deliver) -> None:
         """See `StoreObject`. Cancellation: at once, but for what is being delivered."""
@@ -110,7 +113,7 @@ class RbdObject:
     async def _next_batch(self, ahead: deque[_Piece], what: str) -> list[tuple[int, bytes]]:
         """The first piece, and those after it that are there, too; taken off `ahead`. Waits for the first one only."""
         batch: list[tuple[int, bytes]] = []
-        is_doubtful = False
+        is_read = False
         while ahead and (not batch or ahead[0].is_right):
             piece = ahead[0]
             if piece.read is None:
@@ -120,26 +123,36 @@ class RbdObject:
                 if len(data) != piece.length:
                     raise errors.SourceCorruptError(f"{what}: librbd read {len(data)} bytes instead of {piece.length}")
                 self._store.received_bytes += len(data)
-                is_doubtful = is_doubtful or has_zero_part(data, piece.offset, self._snapshot.part_bytes)
+                is_read = True
             ahead.popleft()
             batch.append((piece.offset, data))
-        if is_doubtful:
-            await self._confirm(what)
+        if is_read:
+            await self._confirm(f"{what}: its snapshot")
         return batch
 
     async def _confirm(self, what: str) -> None:
-        """Return if the header has the snapshot now.
+        """Return if the header has the snapshot, by a question that begins after this call; several share one.
 
         Raises:
             StoreGoneError: it has not.
         """
+        before = self._question
+        if before is not None:
+            await before.ended()
+        # No checkpoint between these two, so whoever waited for the same one finds the next one begun, by one of them.
+        if self._question is before:
+            self._question = self._ask(what)
+        assert self._question is not None
+        await self._question.wait(what)
+
+    def _ask(self, what: str) -> Completion:
         snapshot = self._snapshot
         wanted = struct.pack("<Q", snapshot.snapshot_id)
 
         def ask(done: Any) -> None:  # noqa: ANN401  librados has no types
             snapshot.pool.aio_execute(snapshot.header, "rbd", "get_snapshot_name", wanted, _ANSWER_BYTES_MAX, done)
 
-        await self._calls.begin(what, ask).wait(f"{what}: its snapshot")
+        return self._calls.begin(what, ask)
 
     def _zeros_of(self, length: int) -> bytes:
         if len(self._zeros) != length:

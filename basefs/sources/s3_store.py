@@ -13,13 +13,12 @@ from urllib.parse import quote, urlsplit
 from requests import Response
 
 from basefs.config.store_options import S3Settings
-from basefs.core.store_location import host_of, is_listed, object_location
+from basefs.core.store_location import S3_SCHEMES, host_of, is_listed, object_location
 from basefs.sources.http_errors import translated
 from basefs.sources.http_objects import TIMEOUTS_S, HttpObject, HttpObjects, open_object
 from basefs.sources.session import http_session
 from basefs.sources.store import StoreName
 
-SCHEMES = ("s3", "s3+http", "s3+https")
 MISSING_LIBRARY = "botocore is not installed: pip install basefs[s3]"
 _SAID = re.compile(rb"<(Code|Message)>([^<]{0,300})</\1>")
 
@@ -43,7 +42,7 @@ class S3Store(HttpObjects):
         if self.missing is not None:
             return self.missing
         try:
-            found = object_location(location, SCHEMES)
+            found = object_location(location, S3_SCHEMES)
         except ValueError as exc:
             return f"the location is not one of Glance's s3 store: {exc}"
         if host_of(found.service) not in self._hosts:
@@ -56,7 +55,7 @@ class S3Store(HttpObjects):
 
     async def open(self, location: str, *, image_id: str, size: int) -> HttpObject:
         """See `Store`."""
-        found = object_location(location, SCHEMES)
+        found = object_location(location, S3_SCHEMES)
         url = self._url(found.bucket, found.key)
         return await open_object(self, f"image {image_id} in S3", partial(self._send, url), size)
 

@@ -22,14 +22,13 @@ from basefs.concurrency.anonymous import without_token
 from basefs.config.auth_sections import auth_section_of
 from basefs.config.store_options import SWIFT_SECTION, SwiftSettings
 from basefs.core.safe_text import safe_text
-from basefs.core.store_location import ObjectLocation, host_of, is_listed, object_location
+from basefs.core.store_location import SWIFT_SCHEMES, ObjectLocation, host_of, is_listed, object_location
 from basefs.sources.http_errors import translated
 from basefs.sources.http_objects import TIMEOUTS_S, HttpObject, HttpObjects, open_object
 from basefs.sources.session import http_session
 from basefs.sources.store import StoreName
 from basefs.sources.tokens import TokenLife
 
-SCHEMES = ("swift", "swift+http", "swift+https", "swift+config")
 _ACCOUNT_PREFIX = "AUTH_"
 
 
@@ -92,7 +91,7 @@ class SwiftStore(HttpObjects):
     def refusal(self, image_id: str, location: str) -> str | None:
         """See `Store`."""
         try:
-            found = object_location(location, SCHEMES)
+            found = object_location(location, SWIFT_SCHEMES)
         except ValueError as exc:
             return f"the location is not one of Glance's swift store: {exc}"
         if found.scheme == "swift+config":
@@ -108,7 +107,7 @@ class SwiftStore(HttpObjects):
 
     async def open(self, location: str, *, image_id: str, size: int) -> HttpObject:
         """See `Store`."""
-        found = object_location(location, SCHEMES)
+        found = object_location(location, SWIFT_SCHEMES)
         return await open_object(self, f"image {image_id} in Swift", partial(self._send, found), size)
 
     async def close(self) -> None:

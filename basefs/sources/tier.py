@@ -7,12 +7,15 @@ transport error counts against it only once Glance gave the bytes that it did no
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 import trio
 
 from basefs import errors
 from basefs.concurrency.outage import Outage
+from basefs.core.safe_text import safe_text
 from basefs.core.source_rest import SourceRest
+from basefs.core.store_location import host_of
 from basefs.sources.base import Deliver, Digest, ImageSource, ProbeResult
 from basefs.sources.delivery import Delivery
 from basefs.sources.tier_http import CacheTier
@@ -54,6 +57,8 @@ class CacheTierSource:
         self._outage = outage
         self._jitter = jitter
         self._rest = SourceRest(base_s=REST_BASE_S, cap_s=REST_CAP_S)
+        self._error: str | None = None
+        """Why it rests."""
         self._is_tried = False
         self._passed_by: set[str] = set()
 
@@ -71,6 +76,15 @@ class CacheTierSource:
     def is_used(self) -> bool:
         """Whether nothing speaks against the tier."""
         return self._rest.is_good and not self.is_distrusted
+
+    def report(self) -> dict[str, Any]:
+        """How it stands, as `SourceChoice.stores_report` tells of a store."""
+        state, error = "answers" if self.tier.requests else "unused", self._error
+        if self.is_distrusted:
+            state, error = "distrusted", "it gave other bytes than Glance; see the log"
+        elif not self._rest.is_good:
+            state = "resting"
+        return {"source": "cache tier", "endpoint": host_of(self.tier.url), "state": state, "error": error}
 
     async def probe(self, image_id: str, *, size: int, header_bytes: int) -> ProbeResult:
         """See `ImageSource.probe`. One small range of Glance itself, the header from the tier."""
@@ -160,7 +174,11 @@ class CacheTierSource:
         if self._rest.is_good:
             log.info("the cache tier %s is left alone for a moment: %s", self.tier.url, error)
             self.tier.close()  # what is pooled may lead to a host that is no more
-            self._rest.failed(trio.current_time(), jitter=self._jitter())
+            self._rests(error)
+
+    def _rests(self, error: errors.SourceError) -> None:
+        self._rest.failed(trio.current_time(), jitter=self._jitter())
+        self._error = safe_text(str(error))
 
     def _distrust(self, image_id: str) -> None:
         if not self.is_distrusted:
@@ -184,11 +202,12 @@ class CacheTierSource:
                 image_id, size=size, offset=0, length=1, piece_bytes=1, deliver=lambda _offset, _piece: True
             )
         except errors.SourceError as exc:
-            self._rest.failed(trio.current_time(), jitter=self._jitter())
+            self._rests(exc)
             if self._rest.failures == FAILURES_TO_TELL:
                 log.warning("the cache tier %s is not used: %s. Glance is asked instead", self.tier.url, exc)
         else:
             self._rest.answered()
+            self._error = None
             log.info("the cache tier %s is used again", self.tier.url)
         finally:
             self._is_tried = False

@@ -62,7 +62,7 @@ async def test_what_was_stored_comes_back(tmp_path):
     assert b.base_name == base_name_of("b")
 
 
-async def test_what_was_begun_in_cinder_comes_back(tmp_path):
+async def test_what_was_begun_in_cinder_and_where_an_image_was_read_comes_back(tmp_path):
     path = tmp_path / "state.sqlite"
     db = await StateDatabase.open(path, numbers_from=0)
     await db.upsert([record("a"), record("b")], {})
@@ -72,11 +72,13 @@ async def test_what_was_begun_in_cinder_comes_back(tmp_path):
         attachments_before=("x", "y"), attachment_id="z", connector="iscsi", device="/dev/sda",
     )  # fmt: skip
     entry.local.link, entry.local.no_volume = link, "it has none"
+    entry.local.locations = ("rbd://f/p/a/snap", "s3://h/b/a")
     await db.stored(entry)
     await db.close()
     kept = await stored(path)
     assert (kept["a"].local.link, kept["a"].local.no_volume) == (link, "it has none")
     assert (kept["b"].local.link, kept["b"].local.no_volume) == (None, None)
+    assert (kept["a"].local.locations, kept["b"].local.locations) == (("rbd://f/p/a/snap", "s3://h/b/a"), ())
 
 
 async def test_a_changed_record_keeps_its_number_and_its_local_state(tmp_path):

@@ -1,8 +1,10 @@
 """The worlds of rbd, S3 and Swift on a real Ceph with radosgw, written by Glance's stock stores."""
 
 import contextlib
+import hashlib
+import json
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import requests
@@ -16,13 +18,17 @@ from basefs.sources.s3_store import S3Store
 from basefs.sources.swift_store import SwiftStore, open_swift
 from tests.contract.store_worlds import SECRET, Fault
 from tools.rig import Rig, radosgw
+from tools.rig.api import Api
 from tools.rig.identity import PASSWORD
 
 THREADS = 8
+SEGMENT_BYTES = 1 << 20
+"""Of large objects in Swift."""
+RBD_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only pool=images")
 
 
 class _RigWorld:
-    """`daemon` is whom the store asks."""
+    """`daemon` is whom the store asks. `undo` has the way back from what was withdrawn."""
 
     daemon = "rgw"
     glance_store = ""
@@ -30,6 +36,7 @@ class _RigWorld:
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
+        self.undo = contextlib.ExitStack()
 
     def put(self, image_id: str, data: bytes) -> str:
         self.rig.upload(data, "contract", store=self.glance_store, id=image_id)
@@ -51,6 +58,7 @@ class _RigWorld:
 
     def heal(self) -> None:
         self.rig.ceph.resume(self.daemon)
+        self.undo.close()
 
     async def close(self) -> None:
         await self.store.close()
@@ -74,27 +82,59 @@ class RealRbdWorld(_RigWorld):
         self.hang()  # without an OSD a client of Ceph waits, too
 
     def refused_locations(self, image_id: str) -> list[str]:
-        return [f"rbd://{self.fsid}/volumes/{image_id}/snap", f"rbd://{self.fsid}/images/{uuid.uuid4()}/snap"]
+        return [
+            f"rbd://{self.fsid}/volumes/{image_id}/snap",
+            f"rbd://{self.fsid}/images/{uuid.uuid4()}/snap",
+            f"rbd://{self.fsid}/images/{image_id}/other",
+        ]
 
     def replace(self, location: str, data: bytes) -> None:
         """An image with the name of the old one, as if Glance had used the id again."""
-        *_, pool, image_id, _snap = location.split("/")
+        image_id = location.split("/")[-2]
+        with self._pool() as (rbd, pool):
+            with rbd.Image(pool, image_id) as image:
+                image.unprotect_snap("snap")
+                image.remove_snap("snap")
+            rbd.RBD().remove(pool, image_id)
+            rbd.RBD().create(pool, image_id, len(data), 23, old_format=False, features=61)
+            with rbd.Image(pool, image_id) as image:
+                image.write(data, 0)
+                image.create_snap("snap")
+
+    def remake_snapshot(self, location: str, data: bytes) -> None:
+        """Another snapshot with the name of the old one, of the same RBD image with other bytes."""
+        with self._pool() as (rbd, pool), rbd.Image(pool, location.split("/")[-2]) as image:
+            image.unprotect_snap("snap")
+            image.remove_snap("snap")
+            image.write(data, 0)
+            image.create_snap("snap")
+
+    @contextlib.contextmanager
+    def _pool(self) -> Iterator[tuple[Any, Any]]:
+        """librbd and Glance's pool, as client.admin."""
         library = load_library()
         assert library is not None
         with contextlib.ExitStack() as opened:
             cluster = library.rados.Rados(conffile=self.rig.ceph.conf_path, rados_id="admin")
             cluster.connect()
             opened.callback(cluster.shutdown)
-            ioctx = cluster.open_ioctx(pool)
-            opened.callback(ioctx.close)
-            with library.rbd.Image(ioctx, image_id) as image:
-                image.unprotect_snap("snap")
-                image.remove_snap("snap")
-            library.rbd.RBD().remove(ioctx, image_id)
-            library.rbd.RBD().create(ioctx, image_id, len(data), 23, old_format=False, features=61)
-            with library.rbd.Image(ioctx, image_id) as image:
-                image.write(data, 0)
-                image.create_snap("snap")
+            pool = cluster.open_ioctx("images")
+            opened.callback(pool.close)
+            yield library.rbd, pool
+
+    def withdraw_caps(self) -> None:
+        """The user may not read the pool any more, and what it has open is ended.
+
+        (By itself an OSD believes a client until its ticket ends, after an hour.)
+        """
+        self.rig.ceph.command("auth", "caps", "client.basefs", "mon", "allow r", "osd", "allow r pool=volumes")
+        self.undo.callback(self.rig.ceph.command, "auth", "caps", "client.basefs", *RBD_CAPS)
+        self.end_connection()
+
+    def end_connection(self) -> None:
+        """As an administrator, or another client's fencing, blocklists one."""
+        cluster = self.store._clusters[-1]
+        self.rig.ceph.command("osd", "blocklist", "add", cluster._rados.get_addrs())
 
 
 class RealS3World(_RigWorld):
@@ -127,27 +167,42 @@ class RealS3World(_RigWorld):
         client.put_object(Bucket=radosgw.BUCKET, Key=location.rpartition("/")[2], Body=data)
 
     def forbid(self) -> None:
-        self.rig.ceph.radosgw_admin("user", "suspend", "--uid=rigreader")
+        self._admin("user", "suspend")
+        self.undo.callback(self._admin, "user", "enable")
 
-    def heal(self) -> None:
-        super().heal()
-        self.rig.ceph.radosgw_admin("user", "enable", "--uid=rigreader")
+    def withdraw_policy(self) -> None:
+        """The bucket lets nobody but its owner read it."""
+        radosgw.s3_client(self.rig.ceph.s3_url).delete_bucket_policy(Bucket=radosgw.BUCKET)
+        self.undo.callback(radosgw.allow_reader, self.rig.ceph.s3_url)
+
+    def remove_key(self) -> None:
+        """The reader's key is none any more."""
+        key = f"--access-key={radosgw.READER_KEY}"
+        self._admin("key", "rm", key)
+        self.undo.callback(self._admin, "key", "create", key, f"--secret={radosgw.READER_SECRET}")
+
+    def _admin(self, what: str, verb: str, *arguments: str) -> None:
+        # (While a radosgw that was killed is still taken for one that listens, a change takes half a minute.)
+        self.rig.ceph.radosgw_admin(what, verb, "--uid=rigreader", *arguments)
 
 
 class RealSwiftWorld(_RigWorld):
-    """With Keystone's tokens, as user basefs of the project that Glance's container is in."""
+    """With Keystone's tokens, as user u1 of another project, whom the container's ACL lets read it."""
 
-    faults: Collection[Fault] = ("away", "hang", "remove", "replace")
+    faults: Collection[Fault] = ("away", "forbid", "hang", "remove", "replace")
     glance_store = "swift"
 
     def __init__(self, rig: Rig) -> None:
         super().__init__(rig)
+        found = Api(rig.keystone_url).call("GET", "/projects?name=demo1", headers={"X-Auth-Token": rig.token()})[1]
+        self._project = str(found["projects"][0]["id"])
+        self.request("PUT", "", **{"X-Container-Read": self._project})
         self.store = self._store(
             auth_type="password",
             auth_url=rig.keystone_url,
-            username="basefs",
+            username="u1",
             password=PASSWORD,
-            project_name="service",
+            project_name="demo1",
             user_domain_id="default",
             project_domain_id="default",
             region_name="RegionOne",
@@ -171,12 +226,63 @@ class RealSwiftWorld(_RigWorld):
         ]
 
     def replace(self, location: str, data: bytes) -> None:
-        self.put_object(location.rpartition("/")[2], data)
+        self.request("PUT", location.rpartition("/")[2], data)
 
-    def put_object(self, name: str, data: bytes, **headers: str) -> None:
-        """An object in Glance's container."""
-        token = {"X-Auth-Token": self.rig.token("glance"), **headers}
-        answer = requests.put(
-            f"{self.rig.ceph.swift_url}/{radosgw.CONTAINER}/{name}", data=data, headers=token, timeout=30
+    def forbid(self) -> None:
+        self._let_read("")
+        self.undo.callback(self._let_read, self._project)
+
+    def _let_read(self, acl: str) -> None:
+        self.request("POST", "", **{"X-Container-Read": acl})
+
+    def request(self, method: str, name: str, data: bytes = b"", **headers: str) -> None:
+        """To an object in Glance's container, or to that, as Glance's user."""
+        answer = requests.request(
+            method,
+            f"{self.rig.ceph.swift_url}/{radosgw.CONTAINER}/{name}".rstrip("/"),
+            data=data,
+            headers={"X-Auth-Token": self.rig.token("glance"), **headers},
+            timeout=30,
         )
         answer.raise_for_status()
+
+
+class RealDynamicSwiftWorld(RealSwiftWorld):
+    """Objects in segments behind a dynamic manifest, as Glance makes large ones (radosgw 16 takes none from Glance)."""
+
+    def put(self, image_id: str, data: bytes) -> str:
+        for number, segment in enumerate(_segments(data)):
+            self.request("PUT", f"{image_id}-{number:05}", segment)
+        self.request("PUT", image_id, **{"X-Object-Manifest": f"{radosgw.CONTAINER}/{image_id}-"})
+        return f"swift+config://ref1/{radosgw.CONTAINER}/{image_id}"
+
+    def remove(self, location: str) -> None:
+        self.request("DELETE", location.rpartition("/")[2])
+
+    def replace(self, location: str, data: bytes) -> None:
+        image_id = location.rpartition("/")[2]
+        self.put(image_id, data)
+        with contextlib.suppress(requests.HTTPError):  # of segments that are none of it any more
+            for number in range(len(_segments(data)), 10):
+                self.request("DELETE", f"{image_id}-{number:05}")
+
+
+class RealStaticSwiftWorld(RealDynamicSwiftWorld):
+    """Behind a static manifest, as other tools make them."""
+
+    def put(self, image_id: str, data: bytes) -> str:
+        manifest = []
+        for segment in _segments(data):
+            name = f"{image_id}-{uuid.uuid4()}"
+            self.request("PUT", name, segment)
+            tag = hashlib.md5(segment, usedforsecurity=False).hexdigest()
+            manifest.append({"path": f"/{radosgw.CONTAINER}/{name}", "etag": tag, "size_bytes": len(segment)})
+        self.request("PUT", f"{image_id}?multipart-manifest=put", json.dumps(manifest).encode())
+        return f"swift+config://ref1/{radosgw.CONTAINER}/{image_id}"
+
+    def replace(self, location: str, data: bytes) -> None:
+        self.put(location.rpartition("/")[2], data)
+
+
+def _segments(data: bytes) -> list[bytes]:
+    return [data[start : start + SEGMENT_BYTES] for start in range(0, len(data), SEGMENT_BYTES)]

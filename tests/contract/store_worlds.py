@@ -45,7 +45,7 @@ class StoreWorld(Protocol):
         ...
 
     def replace(self, location: str, data: bytes) -> None:
-        """Somebody puts another object of the same size there."""
+        """Somebody puts another object there."""
         ...
 
     def forbid(self) -> None:

@@ -10,7 +10,13 @@ import trio
 
 from basefs import errors
 from tests.contract.object_store_worlds import MemoryRbdWorld, ServerS3World, ServerSwiftWorld
-from tests.contract.real_store_worlds import RealRbdWorld, RealS3World, RealSwiftWorld
+from tests.contract.real_store_worlds import (
+    RealDynamicSwiftWorld,
+    RealRbdWorld,
+    RealS3World,
+    RealStaticSwiftWorld,
+    RealSwiftWorld,
+)
 from tests.contract.store_worlds import PIECE_BYTES, SECRET, HttpWorld, MemoryStoreWorld
 from tests.contract.test_image_source import Taken
 
@@ -30,7 +36,13 @@ WORLDS = {
 }
 
 
-REAL_WORLDS = {"real rbd": RealRbdWorld, "real s3": RealS3World, "real swift": RealSwiftWorld}
+REAL_WORLDS = {
+    "real rbd": RealRbdWorld,
+    "real s3": RealS3World,
+    "real swift": RealSwiftWorld,
+    "real swift, dynamic large object": RealDynamicSwiftWorld,
+    "real swift, static large object": RealStaticSwiftWorld,
+}
 _REAL_MARKS = (pytest.mark.glance, pytest.mark.keystone, pytest.mark.ceph)
 
 
@@ -187,6 +199,18 @@ async def test_an_object_that_was_replaced_while_open_gives_no_other_byte(world,
         world.replace(location, os.urandom(SIZE))
         with suppress(errors.StoreGoneError):
             assert await fetched(found, 0, SIZE) == DATA
+
+
+@needs("replace")
+async def test_an_object_that_became_shorter_gives_no_other_byte_and_is_not_opened(world, store, image_id):
+    location = world.put(image_id, DATA)
+    async with opened(store, location, image_id) as found:
+        assert await fetched(found, 0, 100) == DATA[:100]
+        world.replace(location, DATA[: SIZE // 2])
+        with suppress(errors.StoreGoneError):
+            assert await fetched(found, 0, SIZE) == DATA
+    with pytest.raises(errors.SourceCorruptError):
+        await store.open(location, image_id=image_id, size=SIZE)
 
 
 @needs("forbid")

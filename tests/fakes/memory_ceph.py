@@ -24,16 +24,20 @@ class Error(Exception):
 
 @dataclass(eq=False)
 class StoredImage:
-    """One RBD image with its snapshot. `objects` None: the image has no object map."""
+    """One RBD image; `snapshot_id` None: its snapshot was removed. `has_map`: it has an object map."""
 
     header_id: str
     data: bytes
     has_map: bool = True
+    snapshot_id: int | None = 4
 
 
 @dataclass(eq=False)
 class MemoryCeph:
-    """The cluster. `code`: while set, what calls fail with; `answers` not set: nothing is answered."""
+    """The cluster. `code`: while set, what calls fail with; `answers` not set: nothing is answered.
+
+    `confirms`: questions for a snapshot in the header; while `confirming` is not set none is answered.
+    """
 
     fsid: str = "0b6b1c2e-1111-4222-8333-444455556666"
     images: dict[tuple[str, str], StoredImage] = field(default_factory=dict)
@@ -42,11 +46,13 @@ class MemoryCeph:
     answers: threading.Event = field(default_factory=threading.Event)
     reads: int = 0
     confirms: int = 0
+    confirming: threading.Event = field(default_factory=threading.Event)
     opened: int = 0
     connections: int = 0
 
     def __post_init__(self) -> None:
         self.answers.set()
+        self.confirming.set()
 
     @property
     def library(self) -> CephLibrary:
@@ -127,9 +133,11 @@ class _Pool:
 
         def look() -> tuple[int, bytes | None]:
             self.ceph.confirms += 1
-            if self.ceph.code:
+            if self.ceph.code and not self.ceph.reads_before_code:
                 return -self.ceph.code, None
-            here = any(f"rbd_header.{one.header_id}" == name for one in self.ceph.images.values())
+            self.ceph.confirming.wait()
+            found = {f"rbd_header.{one.header_id}": one.snapshot_id for one in self.ceph.images.values()}
+            here = found.get(name) == 4
             return (0, b"snap") if here else (-errno.ENOENT, None)
 
         self.ceph.complete(look, oncomplete)

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import MountFactory
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
+from tests.semantics.conftest import status
 from tools.cache_tier import CacheTier
 from tools.rig import Rig
 
@@ -43,6 +44,7 @@ def test_a_tier_that_is_killed_under_readers_costs_no_read(
         for _ in readers:
             assert some_read.acquire(timeout=60)
         assert sum(one.sent_bytes for one in tier.served()) > 4 << 20
+        assert [(one["source"], one["state"]) for one in status(mount)["stores"]] == [("cache tier", "answers")]
         tier.kill()
         is_killed.set()
         for reader in readers:

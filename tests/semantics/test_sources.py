@@ -27,7 +27,7 @@ pytestmark = pytest.mark.mount
 MIB = 1 << 20
 SIZE = 6 * MIB + 5
 DATA = Random(22).randbytes(SIZE)
-IMAGES = 12
+IMAGES = 13
 SECRET = "s3cr3t-k3y"
 
 
@@ -154,6 +154,25 @@ def test_glance_away(site: Site) -> None:
     try:
         eventually(lambda: status(site.mount)["endpoints"]["glance"]["state"] == "away", 30)
         site.read(image_id)
+    finally:
+        site.glance.behave()
+    eventually(lambda: status(site.mount)["endpoints"]["glance"]["state"] == "answers", 30)
+
+
+def test_glance_away_and_a_new_server(site: Site) -> None:
+    """[S2212] An image that a store has is read on from there also when the server is killed while Glance is away."""
+    image_id = site.new()
+    site.read(image_id, 0, 4096)
+    # Within a second they are in the state database (or in its log), and outlive the server.
+    location = f"{site.front.url}/{image_id}".encode()
+    eventually(lambda: any(location in file.read_bytes() for file in site.mount.cache_dir.glob("state.sqlite*")))
+    site.glance.on().respond(answers.reset())
+    try:
+        with opened(site.mount.path(image_id)):
+            os.kill(server_pid(site.mount), signal.SIGKILL)
+            site.read(image_id)
+            assert site.mount.image(image_id)["read_from"] == "http"
+            assert site.glance_sent(image_id) == 0
     finally:
         site.glance.behave()
     eventually(lambda: status(site.mount)["endpoints"]["glance"]["state"] == "answers", 30)

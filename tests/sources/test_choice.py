@@ -39,6 +39,8 @@ class World:
     answer: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
     kept: bytes | None = None
     blamed: set[str] = field(default_factory=set)
+    kept_locations: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What outlives a server."""
 
     def put(self, *stores: MemoryStore, data: bytes = DATA) -> None:
         self.locations += [store.put(IMAGE, data) for store in stores]
@@ -62,6 +64,8 @@ class World:
             kept_start=self.kept_start,
             is_blamed=self.blamed.__contains__,
             jitter=lambda: 1.0,
+            kept_locations=lambda image_id: self.kept_locations.get(image_id, ()),
+            keep_locations=self.kept_locations.__setitem__,
         )
 
 
@@ -369,6 +373,94 @@ async def test_glance_that_hangs_holds_up_nobody_whose_locations_are_asked_for_a
     assert world.glance.requests == 0
 
 
+# --- a server after another ------------------------------------------------------------------------------
+
+
+async def unavailable():
+    raise errors.SourceUnavailableError("Glance is away", may_be_away=True)
+
+
+async def test_a_server_that_follows_reads_on_while_glance_is_away(world, choice, nursery, mock_clock):
+    world.put(world.rbd)
+    await fetch(choice)
+    world.answer = unavailable
+    world.glance.images.clear()
+    follower = world.choice(nursery)
+    assert follower.good_at(IMAGE) == -math.inf
+    await fetch(follower)
+    await until(lambda: world.asked == 2)
+    mock_clock.jump(known_locations.FAILED_AGAIN_S)
+    await fetch(follower)
+    await until(lambda: world.asked == 3)
+    assert follower.report(IMAGE)["read_from"] == "rbd"
+
+
+async def test_a_server_that_follows_waits_for_glances_word_no_more_than_the_one_before(world, choice, nursery):
+    world.put(world.rbd)
+    await fetch(choice)
+    world.answer = trio.sleep_forever
+    await fetch(world.choice(nursery))
+    assert world.glance.requests == 0
+
+
+async def test_what_glance_says_anew_takes_the_place_of_what_was_kept(world, choice, nursery):
+    world.put(world.rbd)
+    await fetch(choice)
+    world.locations.clear()
+    world.put(world.s3)
+    follower = world.choice(nursery)
+    await fetch(follower)
+    await until(lambda: world.asked == 2)
+    await trio.testing.wait_all_tasks_blocked()
+    await fetch(follower)
+    assert follower.report(IMAGE)["read_from"] == "s3"
+    assert world.kept_locations == {IMAGE: tuple(world.locations)}
+
+
+@pytest.mark.parametrize("forgets", ["none told", "not ours any more"])
+async def test_locations_that_are_none_any_more_are_not_kept(world, choice, nursery, mock_clock, forgets):
+    world.put(world.rbd)
+    await fetch(choice)
+
+    async def not_found():
+        raise errors.ImageNotFoundError("no such image")
+
+    world.locations.clear()
+    world.answer = not_found if forgets == "not ours any more" else trio.lowlevel.checkpoint
+    follower = world.choice(nursery)
+    await fetch(follower)
+    await until(lambda: world.asked == 2)
+    await trio.testing.wait_all_tasks_blocked()
+    await fetch(follower)
+    assert world.kept_locations == {IMAGE: ()}
+    assert world.choice(nursery).good_at(IMAGE) == math.inf
+
+
+async def test_what_was_kept_and_is_not_allowed_any_more_is_not_read(world, choice, nursery):
+    world.put(world.rbd)
+    await fetch(choice)
+    opens, world.answer = world.rbd.opens, unavailable
+    for follower in (world.choice(nursery, stores=[world.s3]), world.choice(nursery, order=("s3",))):
+        assert follower.good_at(IMAGE) == math.inf
+        await fetch(follower)
+        assert follower.report(IMAGE)["read_from"] == "glance"
+    assert world.rbd.opens == opens
+    world.kept_locations[IMAGE] = ("rbd://cluster/22222222-2222-3333-4444-555555555555",)
+    assert world.choice(nursery).good_at(IMAGE) == math.inf
+
+
+async def test_no_location_with_what_may_be_a_key_is_kept(world, nursery, mock_clock):
+    store = MemoryStore(name="http", host="web.example")
+    store.refusal = lambda _image_id, _location: None
+    location = f"http://web.example/{IMAGE}?signature=SECRET"
+    store.objects[location] = DATA
+    world.locations = [location]
+    choice = world.choice(nursery, order=("http",), stores=[store])
+    await fetch(choice)
+    assert choice.report(IMAGE)["read_from"] == "http"
+    assert world.kept_locations == {IMAGE: ()}
+
+
 # --- trust ----------------------------------------------------------------------------------------------
 
 
@@ -407,10 +499,19 @@ async def test_a_second_source_that_begins_with_other_bytes_is_not_read(world, c
         expected_warnings("rbd at cluster fails")
         world.rbd.fault = lambda: errors.SourceUnavailableError("nobody answers", may_be_away=True)
         choice._locations._known.clear()
+        world.kept_locations.clear()
     world.put(world.s3, data=other)
     await fetch(choice)
     assert world.s3.calls == [(world.locations[-1], 0, START_BYTES)]
     assert world.glance.calls[-1] == ("range", 0, SIZE)
+
+
+async def test_a_store_whose_library_is_not_installed_says_so(world, choice):
+    world.s3.missing = "botocore is not installed"
+    assert choice.stores_report() == [
+        {"source": "rbd", "endpoint": "", "state": "unused", "error": None},
+        {"source": "s3", "endpoint": "", "state": "missing", "error": "botocore is not installed"},
+    ]
 
 
 async def test_an_object_of_another_size_is_not_read(world, choice, expected_warnings):

@@ -48,6 +48,20 @@ async def test_each_request_carries_the_tag_of_what_was_opened_and_no_key(world)
     assert all(FAKE_PASSWORD not in value for _, _, sent in world.server.requests[-2:] for value in sent.values())
 
 
+@pytest.mark.parametrize("header", ["X-Object-Manifest", "X-Static-Large-Object"])
+async def test_a_large_object_is_known_by_the_tag_of_each_answer(header):
+    world = ServerSwiftWorld()
+    # radosgw tells a tag made of the segments' and compares If-Match with another.
+    world.server.extra_headers = {header: "True", "ETag": '"of the segments"'}
+    found = await opened(world)
+    assert await read(found) == DATA[:1000]
+    assert "If-Match" not in world.server.requests[-1][2]
+    world.server.extra_headers["ETag"] = '"of other segments"'
+    with pytest.raises(errors.StoreGoneError, match="replaced"):
+        await read(found)
+    await world.close()
+
+
 async def test_a_server_that_does_not_heed_the_condition_gives_no_other_byte(world):
     world.server.without_tag = True
     world.server.extra_headers = {"ETag": 'W/"1"'}

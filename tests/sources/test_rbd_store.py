@@ -10,7 +10,6 @@ import trio
 from basefs import errors
 from basefs.config.store_options import RbdSettings
 from basefs.sources.ceph_cluster import MISSING_LIBRARY
-from basefs.sources.rbd_snapshot import has_zero_part
 from basefs.sources.rbd_store import RbdStore
 from tests.contract.test_image_source import Taken
 from tests.fakes.memory_ceph import OBJECT_BYTES, MemoryCeph
@@ -24,6 +23,7 @@ def ceph():
     made = MemoryCeph()
     yield made
     made.answers.set()
+    made.confirming.set()
 
 
 @pytest.fixture
@@ -45,33 +45,42 @@ async def test_where_the_snapshot_has_no_object_nothing_is_read(ceph, store):
     assert await read(found, 0, 2 * OBJECT_BYTES) == bytes(2 * OBJECT_BYTES)
     assert (store.requests, store.received_bytes, ceph.reads, ceph.confirms) == (0, 0, 0, 0)
     assert await read(found, 0, len(data)) == data
-    assert (store.received_bytes, ceph.confirms) == (OBJECT_BYTES, 0)
+    assert store.received_bytes == OBJECT_BYTES
     await found.close()
 
 
-async def test_zeros_in_an_object_are_delivered_after_the_header_was_asked(ceph, store):
+async def test_what_was_read_is_delivered_after_the_header_was_asked(ceph, store):
     data = os.urandom(64 * 1024) + bytes(OBJECT_BYTES - 64 * 1024)
     found = await store.open(ceph.add(IMAGE, data), image_id=IMAGE, size=len(data))
-    assert await read(found, 0, 64 * 1024) == data[: 64 * 1024]
-    assert ceph.confirms == 0
-    assert await read(found, 64 * 1024, 64 * 1024) == bytes(64 * 1024)
-    assert ceph.confirms == 1
+    for number, offset in enumerate((0, 64 * 1024)):
+        assert await read(found, offset, 64 * 1024) == data[offset : offset + 64 * 1024]
+        assert ceph.confirms == number + 1
     await found.close()
 
 
-@pytest.mark.parametrize(
-    ("data", "offset", "is_doubtful"),
-    [
-        (b"\1" * 8, 0, False),
-        (b"\0\0\1\0", 0, False),
-        (b"\0" * 4, 0, True),
-        (b"\1\1\1\1\0\0\0\0", 0, True),
-        (b"\1\1\0\0\0\0\1\1", 6, True),
-        (b"\1\0\0\1\0\0\0\1", 6, False),
-    ],
-)
-def test_zeros_are_in_doubt_where_all_of_an_objects_part_is_zeros(data, offset, is_doubtful):
-    assert has_zero_part(data, offset, 4) is is_doubtful
+async def test_an_image_that_was_written_after_its_snapshot_was_removed_gives_no_byte(ceph, store):
+    found = await store.open(ceph.add(IMAGE, b"data"), image_id=IMAGE, size=4)
+    stored = ceph.images["images", IMAGE]
+    stored.data, stored.snapshot_id = b"more", 5
+    taken = Taken()
+    with pytest.raises(errors.StoreGoneError):
+        await found.fetch_range(offset=0, length=4, piece_bytes=4, deliver=taken)
+    assert taken.pieces == []
+    await found.close()
+
+
+async def test_who_waits_for_the_headers_word_shares_one_that_began_after_all_of_them(ceph, store):
+    found = await store.open(ceph.add(IMAGE, b"data"), image_id=IMAGE, size=4)
+    ceph.confirming.clear()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(found._confirm, "the first")
+        await trio.testing.wait_all_tasks_blocked()
+        for name in ("the second", "the third", "the fourth"):
+            nursery.start_soon(found._confirm, name)
+        await trio.testing.wait_all_tasks_blocked()
+        ceph.confirming.set()
+    assert ceph.confirms == 2
+    await found.close()
 
 
 async def test_a_cluster_that_does_not_answer_is_given_up_and_what_comes_late_is_closed(ceph, store, monkeypatch):

@@ -130,8 +130,11 @@ async def test_a_tier_that_is_back_is_used_again_after_a_trial(
     expected_warnings(r"the cache tier http://\S+ is not used: .*it answered 503\. Glance is asked instead")
     now = 1000.0
     monkeypatch.setattr(trio, "current_time", lambda: now)
+    assert reported(source, tier) == ("unused", None)
     tier.on("/file").respond(answers.status(503))
     await ranged(source, image)
+    state, error = reported(source, tier)
+    assert (state, "it answered 503" in error) == ("resting", True)
     for _ in range(2):  # trials that fail; readers get their bytes from Glance beside them
         now += 2 * REST_CAP_S
         failures = source._rest.failures
@@ -142,10 +145,18 @@ async def test_a_tier_that_is_back_is_used_again_after_a_trial(
     now += 2 * REST_CAP_S
     await ranged(source, image)
     await until(lambda: source.is_used)
+    assert reported(source, tier) == ("answers", None)
     asked, failovers = tier.count("/file"), source.failovers
     await ranged(source, image)
     assert (tier.count("/file"), source.failovers) == (asked + 1, failovers)
     assert tier.requests("/file")[-1].range == (OFFSET, OFFSET + LENGTH - 1)
+
+
+def reported(source, tier):
+    """State and error in `basefs status`."""
+    told = source.report()
+    assert (told["source"], told["endpoint"]) == ("cache tier", tier.url.removeprefix("http://"))
+    return told["state"], told["error"]
 
 
 async def until(condition):
@@ -188,6 +199,7 @@ async def test_a_tier_with_other_bytes_than_glance_is_never_asked_again(front, t
     probe = await source.probe(image, size=SIZE, header_bytes=256 * 1024)
     assert probe.header == DATA[: 256 * 1024]
     assert not source.is_used
+    assert reported(source, tier) == ("distrusted", "it gave other bytes than Glance; see the log")
     tier.behave()
     asked = tier.count()
     await ranged(source, image)

@@ -79,7 +79,7 @@ def test_the_model_has_what_was_measured_and_goes_on_as_it_grew() -> None:
 def test_the_model_names_what_is_slowest() -> None:
     assert model.expected(ONE, TWENTY, 1, SITE).bound_by == "one node's own time"
     quick = replace(TWENTY, glance_cpu_s=8.0)  # Glance is asked for leave once
-    assert model.expected(ONE, quick, 1000, SITE).bound_by in ("the tier's link", "the tier's processors")
+    assert model.expected(ONE, quick, 1000, SITE).bound_by in ("the other's link", "the other's processors")
     slow = model.Site(link_bits_s=1e9)
     assert model.expected(ONE, quick, 1000, slow).last_s == pytest.approx(1000 * 70e6 * 8 / 1e9)
     assert "1000 nodes: last after" in model.table(results(ONE, quick))

@@ -1,9 +1,10 @@
-"""A Ceph of one monitor, one OSD in memory and one manager on loopback, from Debian's packages (`tools/setup ceph`).
+"""A Ceph of one monitor, one OSD in memory and one manager, from Debian's packages (`tools/setup ceph`).
 
 With a radosgw on it where one is wanted.
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,9 +20,9 @@ POOLS = ("volumes", "images")
 _UP_S = 60.0
 _CONF = """[global]
 fsid = {fsid}
-mon host = [v2:127.0.0.1:{port},v1:127.0.0.1:{port_v1}]
-public addr = 127.0.0.1
-cluster addr = 127.0.0.1
+mon host = [v2:{host}:{port},v1:{host}:{port_v1}]
+public addr = {host}
+cluster addr = {host}
 keyring = {d}/keyring
 run dir = {d}/run
 log file = {d}/log/$name.log
@@ -57,8 +58,8 @@ ms bind ipv6 = false
 class Ceph:
     """The cluster in `directory`; pools `volumes` and `images`, users client.admin and client.basefs, who may read.
 
-    With `has_radosgw` a radosgw on it, on `radosgw_port` of loopback, once it is started. With `is_durable` its objects
-    are in a file, and outlive `kill`.
+    All of it is on `host`, with `has_radosgw` a radosgw, too (on `radosgw_port`, once it is started). With `is_durable`
+    its objects are in a file, and outlive `kill`.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class Ceph:
         venv: str,
         lifeline_fd: int | None,
         *,
+        host: str = "127.0.0.1",
         has_radosgw: bool = False,
         is_durable: bool = False,
     ) -> None:
         self.directory = directory
+        self.host = host
         self.radosgw_port = 0
         self._has_radosgw = has_radosgw
         self._objectstore = "bluestore" if is_durable else "memstore"
@@ -91,16 +94,23 @@ class Ceph:
             os.makedirs(os.path.join(self.directory, name), exist_ok=True)
         fsid = str(uuid.uuid4())
         with contextlib.ExitStack() as opened:
-            sockets = [opened.enter_context(listening_socket("127.0.0.1")) for _ in range(3)]
+            sockets = [opened.enter_context(listening_socket(self.host)) for _ in range(3)]
             port, port_v1, self.radosgw_port = (sock.getsockname()[1] for sock in sockets)
         with open(self.conf_path, "w", encoding="utf-8") as conf:
             conf.write(
-                _CONF.format(d=self.directory, fsid=fsid, port=port, port_v1=port_v1, objectstore=self._objectstore)
+                _CONF.format(
+                    d=self.directory,
+                    fsid=fsid,
+                    host=self.host,
+                    port=port,
+                    port_v1=port_v1,
+                    objectstore=self._objectstore,
+                )
             )
             if self._has_radosgw:
-                conf.write(radosgw.conf(self.directory, self.radosgw_port, keystone_url))
+                conf.write(radosgw.conf(self.directory, self.host, self.radosgw_port, keystone_url))
         self._make_keys()
-        self._start_monitor(fsid, f"[v2:127.0.0.1:{port},v1:127.0.0.1:{port_v1}]")
+        self._start_monitor(fsid, f"[v2:{self.host}:{port},v1:{self.host}:{port_v1}]")
         self._start_osd()
         self._register("mgr.x", mon="allow profile mgr", osd="allow *")
         self.start_daemon("mgr.x")
@@ -144,7 +154,7 @@ class Ceph:
         """Start a daemon, again after `kill`; returns when it answers, but of an OSD."""
         if name == "rgw":
             self._daemon("rgw", "radosgw", "-n", "client.rgw")
-            self._services["rgw"].wait_for(radosgw.url(self.radosgw_port))
+            self._services["rgw"].wait_for(radosgw.url(self.host, self.radosgw_port))
         else:
             kind, _, which = name.partition(".")
             self._daemon(name, f"ceph-{kind}", "-i", which)
@@ -152,6 +162,16 @@ class Ceph:
     def command(self, *arguments: str) -> str:
         """Return what `ceph <arguments>` says as client.admin."""
         return self._output("ceph", "-c", self.conf_path, *arguments)
+
+    def served(self) -> tuple[int, int]:
+        """Return how many reads the OSD has answered so far, and the bytes that it sent for them."""
+        asok = os.path.join(self.directory, "run", f"osd.0.{self._osd_pid()}.asok")
+        counters = json.loads(self._output("ceph", "--admin-daemon", asok, "perf", "dump", "osd"))["osd"]
+        return int(counters["op_r"]), int(counters["op_r_out_bytes"])
+
+    def _osd_pid(self) -> int:
+        with open(os.path.join(self.directory, "run", "osd.0.pid"), encoding="ascii") as pid:
+            return int(pid.read())
 
     def radosgw_admin(self, *arguments: str) -> str:
         """Return what `radosgw-admin <arguments>` says."""
@@ -166,12 +186,12 @@ class Ceph:
     @property
     def s3_url(self) -> str:
         """The endpoint of its radosgw for S3."""
-        return radosgw.url(self.radosgw_port)
+        return radosgw.url(self.host, self.radosgw_port)
 
     @property
     def swift_url(self) -> str:
         """The storage URL of its radosgw for Swift."""
-        return radosgw.url(self.radosgw_port) + "/swift/v1"
+        return radosgw.url(self.host, self.radosgw_port) + "/swift/v1"
 
     @property
     def pids(self) -> dict[str, int]:

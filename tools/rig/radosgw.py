@@ -21,7 +21,7 @@ manifest; one that is put otherwise works.)"""
 
 _CONF = """[client.rgw]
 rgw data = {d}/rgw
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint={host}:{port}
 rgw enable usage log = false
 rgw enable ops log = false
 """
@@ -61,25 +61,25 @@ project_domain_id = default
 """
 
 
-def url(port: int) -> str:
+def url(host: str, port: int) -> str:
     """Return the endpoint of its S3 API."""
-    return f"http://127.0.0.1:{port}"
+    return f"http://{host}:{port}"
 
 
-def conf(directory: str, port: int, keystone_url: str | None) -> str:
+def conf(directory: str, host: str, port: int, keystone_url: str | None) -> str:
     """Return its section of ceph.conf; with a Keystone (`keystone_url`, with /v3), Swift takes that one's tokens."""
     keystone = ""
     if keystone_url:
         keystone = _KEYSTONE.format(url=keystone_url.removesuffix("/v3"), password=PASSWORD)
-    return _CONF.format(d=directory, port=port) + keystone
+    return _CONF.format(d=directory, host=host, port=port) + keystone
 
 
-def glance_conf(directory: str, port: int, *, swift: bool) -> str:
+def glance_conf(directory: str, s3_url: str, *, swift: bool) -> str:
     """Return the sections of glance-api.conf for the stores `s3` and `swift`; the latter is there with a Keystone only.
 
     For auth version 1 Glance's swift store sends but a part of the user's name.
     """
-    stores = _GLANCE_S3.format(url=url(port), key=S3_KEY, secret=S3_SECRET, bucket=BUCKET, large_mib=LARGE_MIB)
+    stores = _GLANCE_S3.format(url=s3_url, key=S3_KEY, secret=S3_SECRET, bucket=BUCKET, large_mib=LARGE_MIB)
     if swift:
         stores += _GLANCE_SWIFT.format(d=directory, container=CONTAINER)
     return stores

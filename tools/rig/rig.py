@@ -89,6 +89,7 @@ class Rig(RigImages):
                 directory,
                 self._venv,
                 self._lifeline_fd,
+                host=host,
                 has_radosgw=bool(object_stores),
                 is_durable=object_stores == "durable",
             )
@@ -341,7 +342,7 @@ class Rig(RigImages):
         if self._has_object_stores:
             if "\n[ceph]\n" not in conf:
                 conf += GLANCE_RBD.format(conf=self.ceph.conf_path)
-            conf += radosgw.glance_conf(d, self.ceph.radosgw_port, swift=keystone)
+            conf += radosgw.glance_conf(d, self.ceph.s3_url, swift=keystone)
             if keystone:
                 references = radosgw.SWIFT_REFERENCES.format(password=PASSWORD, keystone_url=self.keystone_url)
                 _write(d + "/glance/swift.conf", references)

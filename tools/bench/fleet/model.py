@@ -1,8 +1,8 @@
 """What the measured parts say of fleets that no machine here can hold; docs/SCALE.md says what that leaves out.
 
-What Glance and the tier send and compute is taken to be linear in the number of nodes: a part that is there once, and a
-part for each node, from the smallest and the largest number measured. The last node is done when the slowest of these
-is: one node alone, Glance's processes, Glance's link, the tier's processors, the tier's link.
+What Glance and the tier, or a store, send and compute is taken to be linear in the number of nodes: a part that is
+there once, and a part for each node, from the smallest and the largest number measured. The last node is done when the
+slowest of these is: one node alone, Glance's processes or its link, the tier's or the store's processors, or its link.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Site:
     glance_processes: int = 8
     tier_processors: int = 8
     link_bits_s: float = 10e9
-    """Of Glance, and of the tier."""
+    """Of Glance, and of the tier or of the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,8 @@ def expected(small: FleetRun, large: FleetRun, nodes: int, site: Site) -> Expect
         "one node's own time": small.last_s,
         "Glance's processes": of(lambda run: run.glance_cpu_s) / site.glance_processes,
         "Glance's link": of(lambda run: run.glance_bytes) * 8 / site.link_bits_s,
-        "the tier's processors": of(lambda run: run.other_cpu_s) / site.tier_processors,
-        "the tier's link": of(lambda run: run.other_bytes) * 8 / site.link_bits_s,
+        "the other's processors": of(lambda run: run.other_cpu_s) / site.tier_processors,
+        "the other's link": of(lambda run: run.other_bytes) * 8 / site.link_bits_s,
     }
     bound_by = max(seconds, key=lambda name: seconds[name])
     return Expected(
@@ -64,7 +64,7 @@ def expected(small: FleetRun, large: FleetRun, nodes: int, site: Site) -> Expect
 def table(results: FleetResults, site: Site | None = None) -> str:
     """The model's answers as text, for each way that was measured with two numbers of nodes at least."""
     site = site or Site()
-    processors = f"{site.glance_processes} Glance processes, {site.tier_processors} processors of the tier"
+    processors = f"{site.glance_processes} Glance processes, {site.tier_processors} processors of the tier or store"
     lines = [f"model: {processors}, {site.link_bits_s / 1e9:.0f} Gbit/s to each"]
     for way in dict.fromkeys(run.way for run in results.runs):
         runs = sorted((run for run in results.runs if run.way == way), key=lambda run: run.nodes)

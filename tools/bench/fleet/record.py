@@ -74,9 +74,9 @@ _COLUMNS = (
     ("requests", lambda run: f"{run.glance_requests - run.asked}"),
     ("asked", lambda run: f"{run.asked}"),
     ("Glance CPU s", lambda run: f"{run.glance_cpu_s:.1f}"),
-    ("tier MB", lambda run: f"{run.other_bytes / MB:.1f}"),
+    ("other MB", lambda run: f"{run.other_bytes / MB:.1f}"),
     ("requests", lambda run: f"{run.other_requests}"),
-    ("tier CPU s", lambda run: f"{run.other_cpu_s:.1f}"),
+    ("other CPU s", lambda run: f"{run.other_cpu_s:.1f}"),
     ("nodes CPU s", lambda run: f"{run.nodes_cpu_s:.1f}"),
     ("node MiB", lambda run: f"{run.node_memory_bytes / MIB:.0f}"),
 )

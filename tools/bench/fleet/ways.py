@@ -5,12 +5,15 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tools.bench.fleet.network import SITE_ADDRESS
 from tools.bench.peers.base import usage_of
 from tools.cache_tier import CacheTier
 from tools.rig import Rig
+
+StoreName = Literal["fs", "ceph"]
+"""The stores of the rig's Glance that have the image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +37,10 @@ class Sent:
 
 
 class Way(abc.ABC):
-    """One way, of nodes whose Glance is `rig`. `options` are those of their mounts."""
+    """One way, of nodes whose Glance is `rig`. `store` is where that keeps the image."""
 
     name: ClassVar[str]
+    store: ClassVar[StoreName] = "fs"
 
     def __init__(self, rig: Rig, image_id: str) -> None:
         self.rig = rig
@@ -98,7 +102,31 @@ class TierAuthorised(Tier):
     authorised_s10 = True
 
 
-WAYS: tuple[type[Way], ...] = (GlanceRanges, Tier, TierAuthorised)
+class Rbd(Way):
+    """Each node reads from the Ceph that Glance keeps the image in."""
+
+    name = "rbd"
+    store: ClassVar[StoreName] = "ceph"
+
+    @contextlib.contextmanager
+    def running(self, directory: Path) -> Iterator[dict[str, object]]:  # noqa: ARG002  it runs beside Glance
+        yield {"rbd.pools": "images", "rbd.ceph_conf": self.rig.ceph.conf_path}
+
+    def sent(self) -> Sent:
+        glance = super().sent()
+        reads, sent_bytes = self.rig.ceph.served()
+        return Sent(
+            glance_bytes=glance.glance_bytes,
+            glance_requests=glance.glance_requests,
+            asked=glance.asked,
+            glance_cpu_s=glance.glance_cpu_s,
+            other_bytes=sent_bytes,
+            other_requests=reads,
+            other_cpu_s=usage_of(group(self.rig.pids["osd.0"])).cpu_s,
+        )
+
+
+WAYS: tuple[type[Way], ...] = (GlanceRanges, Tier, TierAuthorised, Rbd)
 
 
 def group(leader: int) -> list[int]:
