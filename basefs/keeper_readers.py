@@ -37,6 +37,7 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 30.0
 QUICK_DEATHS_MAX = 3
 """So many in a row, and what they left in their slots is suspected: the kernel hands it out again, to anybody."""
+CURE = "a restart of the unit brings them"
 BUFFER_BYTES = 4 << 20
 """Of the socket to the server: a write of 1 MiB at once, and room for others behind it."""
 
@@ -111,6 +112,7 @@ class Readers:
                 seat.watchdog.end()
             clear_slots(seat.place)
         if self._seats:
+            self._tell_none(f"the server's are of another layout; {CURE}")
             # As it expects: with readers our own servers want a read that never waits.
             os.set_blocking(self._session.fd, True)
 
@@ -192,7 +194,7 @@ class Readers:
             return
         if message.get("type") == "ready" and message.get("layout") != LAYOUT:
             self._wanted = 0
-            self._tell_none("those that are installed now are of another layout; a restart of the unit brings them")
+            self._tell_none(f"those that are installed now are of another layout; {CURE}")
             seat.stop(time.monotonic())
         elif message.get("type") == "ready":
             reader.give_place()

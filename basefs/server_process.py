@@ -220,7 +220,7 @@ def exit_code_of(pid: int) -> int | None:
 def describe_exit(exit_code: int | None) -> str:
     """`exit code 1`, `signal SIGKILL`, or that a tracer hides it."""
     if exit_code is None:
-        return "it is traced, and so nobody knows why"
+        return "it is traced"
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:

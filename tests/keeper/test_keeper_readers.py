@@ -18,6 +18,7 @@ from tests.conftest import ExpectedWarnings
 from tests.keeper.test_reader import lookup_of
 
 PATIENCE_S = 30.0
+WATCHDOG_S = 60.0
 READER_DIED = r"reader 0 died \(signal SIGTERM\)"
 
 
@@ -69,7 +70,7 @@ class World:
         return Readers(session, places, lock_fd=self.session.fd, oom_score=0, keep=lambda _number, _place: keeps)
 
     def want(self, count: int) -> None:
-        self.readers.serves(count, watchdog_s=0, now_s=time.monotonic())
+        self.readers.serves(count, watchdog_s=WATCHDOG_S, now_s=time.monotonic())
 
     def run_until(self, is_so: Callable[[], object]) -> None:
         """As the keeper's loop does, until it is so."""
@@ -128,7 +129,9 @@ def test_a_server_that_does_not_know_them_has_their_slots_resent_to_it(world: Wo
     os.close(pidfd)
     assert not world.has_taken()
     assert os.get_blocking(world.session.fd)
-    assert world.readers.status()["reader_pids"] == []
+    status = world.readers.status()
+    assert status["reader_pids"] == []
+    assert "another layout" in status["readers_reason"]
     world.want(1)
     world.pid()
 
@@ -184,6 +187,6 @@ def test_where_the_kernel_cannot_there_are_none_and_the_reason_is_told(
 ) -> None:
     world.session.can_resend = can_resend
     readers = world.made({})
-    readers.serves(2, watchdog_s=0, now_s=time.monotonic())
+    readers.serves(2, watchdog_s=WATCHDOG_S, now_s=time.monotonic())
     assert len(readers) == 0
     assert why in readers.status()["readers_reason"]
