@@ -18,6 +18,12 @@ from tools.rig.leftovers import loop_devices_below
 from tools.secrets_used import said_files, secrets_in
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+MARK_OF_FIXTURE = {
+    "basefs_mount": "mount",
+    "keystone_rig": "keystone",
+    "cinder_rig": "cinder",
+    "cinder_keystone_rig": "cinder",
+}
 CINDER_RIGS = {"cinder_rig", "cinder_keystone_rig", "ceph_rig"}
 LOG_LINE = re.compile(r"^\S+ \S+ \d+ (?:WARNING|ERROR|CRITICAL) (?P<record>basefs\S* .*)$")
 
@@ -289,6 +295,17 @@ def basefs_mount(
         found = (LOG_LINE.match(line) for line in text.splitlines())
         _no_unexpected_warnings.extend(hit["record"] for hit in found if hit)
     assert not trouble, "\n".join(trouble)
+
+
+# -- what runs beside nothing else
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes one of these fixtures: `tools/test` must not run it at low priority beside guests."""
+    for item in items:
+        for name in set(MARK_OF_FIXTURE).intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(MARK_OF_FIXTURE[name])
 
 
 # -- nothing is skipped that can run

@@ -13,7 +13,7 @@ from basefs.sources.metadata import GlanceMetadata
 from tests.sources.access import access_to
 from tools.rig import Rig
 
-pytestmark = pytest.mark.glance
+pytestmark = [pytest.mark.glance, pytest.mark.keystone]
 DATA = b"0123456789abcdef" * 8192
 
 

@@ -57,3 +57,9 @@ def test_a_skipped_test_fails_the_run_in_ci_only(tmp_path: Path, ci: str, exit_c
     tests = "import pytest\ndef test_one(): pass\n@pytest.mark.skip(reason='no')\ndef test_two(): pass\n"
     done = run_pytest(tests, tmp_path, CI=ci)
     assert done.returncode == exit_code, done.stdout
+
+
+def test_what_mounts_is_marked_so_whoever_forgot_it(tmp_path: Path) -> None:
+    tests = "def test_one(basefs_mount): pass\ndef test_two(): pass\n"
+    out = run_pytest(tests, tmp_path, PYTEST_ADDOPTS="-m 'not mount'").stdout
+    assert "1 passed, 1 deselected" in out, out
