@@ -1,7 +1,9 @@
 """A second door to threads, for pure calls of some 100 us: the way to a thread of trio's and back takes as long.
 
 Measured on 2 cores, processor time of both: 109 us by `BlockingCalls`, 52 by this (a queue, `run_sync_soon`, one pass
-of the loop instead of three). The loop is told once of all results that are there, however many threads have some.
+of the loop instead of three). The loop is told once of all results that are there, however many threads have some; and
+a thread that is awake takes call after call, without being woken for each: with 16 reads of compressed clusters at a
+time that made 3.3 to 4.7 futex calls a read of 8.4, and 2.4 to 2.9 switches between threads of 5.5.
 No call may block, or have an effect: one whose caller was cancelled is dropped, or its result is.
 """
 
@@ -62,6 +64,38 @@ class _Results:
                 trio.lowlevel.reschedule(call.task, call.result)
 
 
+class _Waiting:
+    """Calls that wait for a thread, and how many threads are awake. The loop adds, threads take."""
+
+    __slots__ = ("_awake", "_calls", "_lock", "wakes")
+
+    def __init__(self) -> None:
+        self._calls: deque[_Call] = deque()
+        self._awake = 0
+        self._lock = threading.Lock()
+        self.wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """True: a thread has work. False: it ends."""
+
+    def add(self, call: _Call, awake_max: int) -> int:
+        """Add a call; wakes a thread if fewer than `awake_max` are awake. How many are awake then."""
+        with self._lock:
+            self._calls.append(call)
+            if self._awake >= awake_max:
+                return self._awake
+            self._awake += 1
+            awake = self._awake
+        self.wakes.put(True)
+        return awake
+
+    def take(self) -> _Call | None:
+        """The next call, or None, after which the thread is no longer awake."""
+        with self._lock:
+            if self._calls:
+                return self._calls.popleft()
+            self._awake -= 1
+            return None
+
+
 class ShortCalls:
     """At most `threads_max` calls at a time, first come, first served, in threads that stay for the next ones.
 
@@ -72,10 +106,9 @@ class ShortCalls:
         self._name = name
         self._threads_max = threads_max
         self._threads = 0
-        self._under_way = 0
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._waiting = _Waiting()
         self._results: _Results | None = None
-        weakref.finalize(self, self._calls.put, None)
+        weakref.finalize(self, self._waiting.wakes.put, False)
 
     async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """The result of `fn(*args)`, which is pure. Cancellation: at once; the call is not waited for."""
@@ -83,23 +116,18 @@ class ShortCalls:
         if self._results is None or self._results.token is not token:
             self._results = _Results(token)
         call = _Call(fn, args, self._results)
-        self._under_way += 1
-        if self._under_way > self._threads and self._threads < self._threads_max:
+        if self._waiting.add(call, self._threads_max) > self._threads:
             self._threads += 1
-            threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True).start()
-        self._calls.put(call)
-        try:
-            result: T = await trio.lowlevel.wait_task_rescheduled(call.abort)
-        finally:
-            self._under_way -= 1
+            threading.Thread(target=_work, args=(self._waiting,), name=self._name, daemon=True).start()
+        result: T = await trio.lowlevel.wait_task_rescheduled(call.abort)
         return result
 
 
-def _work(calls: "queue.SimpleQueue[_Call | None]") -> None:
-    """Ends when None comes, which is left for the other threads."""
-    while (call := calls.get()) is not None:
-        if call.task is not None:
-            call.result = outcome.capture(call.fn, *call.args)
-            call.results.put(call)
-        del call
-    calls.put(None)
+def _work(waiting: _Waiting) -> None:
+    """Ends when it is woken by False, which is left for the other threads."""
+    while waiting.wakes.get():
+        while (call := waiting.take()) is not None:
+            if call.task is not None:
+                call.result = outcome.capture(call.fn, *call.args)
+                call.results.put(call)
+    waiting.wakes.put(False)

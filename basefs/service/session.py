@@ -24,7 +24,7 @@ SYNCHRONOUS_MAX = 1000
 that wait for Glance (those of O_DIRECT count as asynchronous, however they are made). A request costs 8 KiB."""
 IDLE_TASKS_MAX = 32
 """Workers that stay when they have nothing to do; the memory they read requests into comes to 32 MiB at most. With one,
-as pyfuse3 has it, nearly each request that waited began and ended a task, and mapped and unmapped a MiB: 85-110 us."""
+as pyfuse3 has it, nearly each request that waits begins and ends a task and has its memory anew: five page faults."""
 
 
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ Owned by the trio loop. A cluster that is on its way belongs to the reader that 
 again themselves when that reader gave up or failed: so none waits longer, or less, than it would alone.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,8 @@ from basefs.views.qcow2_inflate import inflate
 from basefs.views.qcow2_memory import ClusterKey, Qcow2Memory
 from basefs.views.stored import ByteSource
 
-THREADS_MAX = 4
-"""As qemu has."""
+THREADS_MAX = min(4, len(os.sched_getaffinity(0)))
+"""qemu has 4. More than there are processors would only be woken more often."""
 BATCH_BYTES_MIN = 128 * 1024
 """Inflated bytes a thread is woken for: 128 KiB take about 0.5 ms, the way to a thread and back 0.05 ms."""
 READ_BYTES_MAX = 1 << 20

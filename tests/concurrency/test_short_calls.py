@@ -34,6 +34,21 @@ async def test_many_at_once_get_each_their_own_and_no_more_threads_than_allowed(
     assert len(names) <= 3
 
 
+async def test_no_call_is_forgotten_whether_a_thread_is_just_going_to_sleep_or_not() -> None:
+    calls = ShortCalls("short", threads_max=2)
+    found: list[int] = []
+
+    async def caller(first: int) -> None:
+        for number in range(first, first + 300):  # each ends when the other may have nothing left
+            found.append(await calls.run(abs, number))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for first in (0, 300, 600):
+                nursery.start_soon(caller, first)
+    assert sorted(found) == list(range(900))
+
+
 async def test_who_is_cancelled_waits_for_nothing_and_disturbs_nobody() -> None:
     calls = ShortCalls("short", threads_max=1)
     begun, go = threading.Event(), threading.Event()
