@@ -117,7 +117,8 @@ class Way:
         now = trio.current_time()
         self.error = safe_text(str(error))
         if not isinstance(error, errors.SourceUnavailableError):
-            self.rest.failed(now, jitter=jitter, rest_s_min=WRONG_REST_S)
+            may_be_reopened = isinstance(error, errors.StoreGoneError) and error.may_be_reopened
+            self.rest.failed(now, jitter=jitter, rest_s_min=0.0 if may_be_reopened else WRONG_REST_S)
             self.endpoint.answered()
             self.drop()
             return

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from basefs import errors
 from basefs.sources import known_locations, store_reads, ways
 from basefs.sources.base import Digest
+from basefs.sources.ceph_cluster import ConnectionLostError
 from basefs.sources.choice import SourceChoice
 from basefs.sources.starts import START_BYTES
 from tests.cache.memory_source import MemorySource
@@ -250,6 +251,19 @@ async def test_an_image_that_rests_at_a_store_that_answers_is_tried_when_it_is_w
     await fetch(choice, 0, 10)
     await until(lambda: states(choice) == {"rbd": "ready"})
     assert world.glance.requests == 2
+
+
+async def test_what_was_open_and_ended_with_its_connection_is_opened_anew_soon(
+    world, choice, mock_clock, expected_warnings
+):
+    expected_warnings("is not read from rbd at cluster: not this client")
+    world.put(world.rbd)
+    world.rbd.fault = lambda: ConnectionLostError("not this client")
+    await fetch(choice, 0, 10)
+    world.rbd.fault = None
+    mock_clock.jump(1.0)
+    await fetch(choice, 0, 10)
+    await until(lambda: states(choice) == {"rbd": "ready"})
 
 
 async def test_an_endpoint_that_fails_one_image_rests_for_all(world, choice, expected_warnings):
