@@ -86,6 +86,18 @@ def pairs(
             yield store, location
 
 
+def late_last(ways: Sequence[Way | None], span: range) -> list[Way | None]:
+    """The ways to these bytes; where they are being fetched already comes after all others but Glance at the end.
+
+    Bytes are asked for twice only when the first request is late (`cache/ranged_transfer`): so the second one is made
+    to another store, where there is one. Not to Glance, which for most stores answers no ranges.
+    """
+    late = [way for way in ways if way is not None and way.is_fetching(span)]
+    others = [way for way in ways if way not in late]
+    end = len(others) - (others[-1:] == [None])
+    return [*others[:end], *late, *others[end:]]
+
+
 def _rank(kind: SourceName | None, order: Sequence[SourceName]) -> int:
     return order.index(kind) if kind is not None and kind in order else len(order)
 

@@ -86,6 +86,8 @@ class Way:
         self.is_tried = False
         """A task finds out if it is good again."""
         self.delivered_bytes = 0
+        self._spans: list[range] = []
+        """What is being fetched."""
         self._store = store
         self._starts = starts
         self._nursery = nursery
@@ -111,6 +113,19 @@ class Way:
     def good_at(self) -> float:
         """When that is due; -inf while it is good."""
         return max((one.until for one in (self.rest, self.endpoint.rest) if not one.is_good), default=float("-inf"))
+
+    @contextmanager
+    def fetching(self, span: range) -> Iterator[None]:
+        """While the body runs these bytes are being fetched this way."""
+        self._spans.append(span)
+        try:
+            yield
+        finally:
+            self._spans.remove(span)
+
+    def is_fetching(self, span: range) -> bool:
+        """Whether some of these bytes are being fetched this way."""
+        return any(one.start < span.stop and span.start < one.stop for one in self._spans)
 
     def failed(self, error: errors.SourceError, *, jitter: float) -> None:
         """A request failed: the way rests, and the endpoint, if it looks as if that were away; else it answers."""

@@ -317,6 +317,36 @@ async def test_a_slow_store_is_left_for_the_next_source_in_the_same_read(world, 
     assert world.glance.requests == 1
 
 
+async def test_what_is_late_at_one_store_is_asked_of_the_next_one(world, choice, nursery):
+    world.put(world.rbd, world.s3)
+    await fetch(choice, 0, 10)
+    world.rbd.hold = trio.Event()
+    async with trio.open_nursery() as readers:
+        readers.start_soon(fetch, choice, 0, 200_000)
+        await until(lambda: len(world.rbd.calls) == 3)
+        await fetch(choice, 100_000, 100_000)
+        assert world.s3.calls[-1] == (world.locations[1], 100_000, 100_000)
+        readers.start_soon(fetch, choice, 200_000, 100_000)  # other bytes are late nowhere
+        await until(lambda: len(world.rbd.calls) == 4)
+        world.rbd.hold.set()
+    assert world.glance.requests == 0
+    asked = len(world.s3.calls)
+    await fetch(choice)
+    assert len(world.s3.calls) == asked
+
+
+async def test_what_is_late_at_the_only_store_is_asked_of_it_again_before_glance(world, choice):
+    world.put(world.rbd)
+    await fetch(choice, 0, 10)
+    world.rbd.hold = trio.Event()
+    async with trio.open_nursery() as readers:
+        for number in range(2):
+            readers.start_soon(fetch, choice, 0, 200_000)
+            await until(lambda number=number: len(world.rbd.calls) == 3 + number)
+        world.rbd.hold.set()
+    assert world.glance.requests == 0
+
+
 async def test_a_store_that_hangs_when_it_is_opened_is_left_too(world, choice, mock_clock, expected_warnings):
     expected_warnings("rbd at cluster fails: nothing came for 5 s")
     world.put(world.rbd)
