@@ -18,7 +18,6 @@ import trio
 
 from basefs import errors
 from basefs.core.location_kinds import SourceName
-from basefs.core.store_location import may_be_kept
 from basefs.observability import ConditionLog
 from basefs.sources.base import Deliver, Digest, ImageSource, ProbeResult
 from basefs.sources.delivery import Delivery
@@ -266,7 +265,7 @@ class SourceChoice:
             image.ways.append(way)
         for way in kept.values():
             way.retire()
-        self._keep_locations(image_id, tuple(way.location for way in image.ways if may_be_kept(way.location)))
+        self._keep_locations(image_id, image.to_keep())
         self._images[image_id] = image
         while len(self._images) > IMAGES_MAX:
             _, oldest = self._images.popitem(last=False)

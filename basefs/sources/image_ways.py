@@ -6,6 +6,7 @@ from typing import Any
 
 from basefs.core.location_kinds import SourceName, endpoint_of, kind_of
 from basefs.core.safe_text import safe_text
+from basefs.core.store_location import may_be_kept
 from basefs.sources.store import Store
 from basefs.sources.ways import StoreEndpoint, Way
 
@@ -38,6 +39,11 @@ class ImageWays:
     def good_at(self) -> float:
         """When a way is good, or is to be tried: -inf now, inf never."""
         return min((way.good_at for way in self.ways), default=float("inf"))
+
+    def to_keep(self) -> tuple[str, ...]:
+        """The locations that lead somewhere, and have no secret in them: for the server that follows."""
+        used = {way.location for way in self.ways}
+        return tuple(one for one in self.locations if may_be_kept(one) and (one in used or kind_of(one) == "file"))
 
     def report(self) -> list[dict[str, Any]]:
         """Each way and each refusal, as JSON values. Holds no secret."""

@@ -493,6 +493,13 @@ async def test_what_was_kept_and_is_not_allowed_any_more_is_not_read(world, choi
     assert world.choice(nursery).good_at(IMAGE) == math.inf
 
 
+async def test_what_may_be_read_in_place_is_kept_too_and_what_leads_nowhere_is_not(world, choice):
+    world.put(world.rbd)
+    world.locations += [f"file:///images/{IMAGE}", f"rbd://elsewhere/{IMAGE}", "ftp://anywhere/x"]
+    await fetch(choice)
+    assert world.kept_locations == {IMAGE: (f"rbd://cluster/{IMAGE}", f"file:///images/{IMAGE}")}
+
+
 async def test_no_location_with_what_may_be_a_key_is_kept(world, nursery, mock_clock):
     store = MemoryStore(name="http", host="web.example")
     store.refusal = lambda _image_id, _location: None
