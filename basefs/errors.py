@@ -107,6 +107,9 @@ class RangeNotHonouredError(SourceError):
 class StoreGoneError(SourceError):
     """A store behind Glance has no such object any more, or another one. Of the image itself that says nothing."""
 
+    may_be_reopened = False
+    """Only what was open is gone, with its connection: the object may be opened anew at once."""
+
 
 # --- volumes ---------------------------------------------------------------------------------------
 

@@ -66,6 +66,8 @@ def _module(name: str) -> Any:  # noqa: ANN401  has no types
 class ConnectionLostError(errors.StoreGoneError):
     """We were blocklisted: what is open must be opened anew, over another connection."""
 
+    may_be_reopened = True
+
 
 def error_of_code(code: int, what: str) -> errors.SourceError:
     """The error that librbd's or librados' errno `code` (> 0) means."""

@@ -18,12 +18,11 @@ import trio
 
 from basefs import errors
 from basefs.core.location_kinds import SourceName
-from basefs.core.store_location import may_be_kept
 from basefs.observability import ConditionLog
 from basefs.sources.base import Deliver, Digest, ImageSource, ProbeResult
 from basefs.sources.delivery import Delivery
 from basefs.sources.glance import RANGED_REASON
-from basefs.sources.image_ways import ImageWays, Refusal, StoreEndpoints, pairs
+from basefs.sources.image_ways import ImageWays, Refusal, StoreEndpoints, late_last, pairs
 from basefs.sources.known_locations import KnownLocations
 from basefs.sources.starts import START_BYTES, KeptStart, Starts
 from basefs.sources.store import Store
@@ -114,11 +113,13 @@ class SourceChoice:
                 image_id, size=size, offset=offset, length=length, piece_bytes=piece_bytes, deliver=deliver
             )
             return
-        delivery = Delivery(offset, length, deliver)
+        delivery, span = Delivery(offset, length, deliver), range(offset, offset + length)
         error: errors.SourceError | None = None
-        for way in await self._ways(image_id, size):
+        for way in late_last(await self._ways(image_id, size), span):
             if way is not None:
-                if await self._reads.take(way, delivery, piece_bytes):
+                with way.fetching(span):
+                    is_taken = await self._reads.take(way, delivery, piece_bytes)
+                if is_taken:
                     self._note(way)
                     return
                 continue
@@ -264,7 +265,7 @@ class SourceChoice:
             image.ways.append(way)
         for way in kept.values():
             way.retire()
-        self._keep_locations(image_id, tuple(way.location for way in image.ways if may_be_kept(way.location)))
+        self._keep_locations(image_id, image.to_keep())
         self._images[image_id] = image
         while len(self._images) > IMAGES_MAX:
             _, oldest = self._images.popitem(last=False)

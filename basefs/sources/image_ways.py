@@ -6,6 +6,7 @@ from typing import Any
 
 from basefs.core.location_kinds import SourceName, endpoint_of, kind_of
 from basefs.core.safe_text import safe_text
+from basefs.core.store_location import may_be_kept
 from basefs.sources.store import Store
 from basefs.sources.ways import StoreEndpoint, Way
 
@@ -38,6 +39,11 @@ class ImageWays:
     def good_at(self) -> float:
         """When a way is good, or is to be tried: -inf now, inf never."""
         return min((way.good_at for way in self.ways), default=float("inf"))
+
+    def to_keep(self) -> tuple[str, ...]:
+        """The locations that lead somewhere, and have no secret in them: for the server that follows."""
+        used = {way.location for way in self.ways}
+        return tuple(one for one in self.locations if may_be_kept(one) and (one in used or kind_of(one) == "file"))
 
     def report(self) -> list[dict[str, Any]]:
         """Each way and each refusal, as JSON values. Holds no secret."""
@@ -84,6 +90,18 @@ def pairs(
             yield Refusal(name=kind, reason=safe_text(reason))
         else:
             yield store, location
+
+
+def late_last(ways: Sequence[Way | None], span: range) -> list[Way | None]:
+    """The ways to these bytes; where they are being fetched already comes after all others but Glance at the end.
+
+    Bytes are asked for twice only when the first request is late (`cache/ranged_transfer`): so the second one is made
+    to another store, where there is one. Not to Glance, which for most stores answers no ranges.
+    """
+    late = [way for way in ways if way is not None and way.is_fetching(span)]
+    others = [way for way in ways if way not in late]
+    end = len(others) - (others[-1:] == [None])
+    return [*others[:end], *late, *others[end:]]
 
 
 def _rank(kind: SourceName | None, order: Sequence[SourceName]) -> int:

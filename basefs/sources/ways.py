@@ -86,6 +86,8 @@ class Way:
         self.is_tried = False
         """A task finds out if it is good again."""
         self.delivered_bytes = 0
+        self._spans: list[range] = []
+        """What is being fetched."""
         self._store = store
         self._starts = starts
         self._nursery = nursery
@@ -112,12 +114,26 @@ class Way:
         """When that is due; -inf while it is good."""
         return max((one.until for one in (self.rest, self.endpoint.rest) if not one.is_good), default=float("-inf"))
 
+    @contextmanager
+    def fetching(self, span: range) -> Iterator[None]:
+        """While the body runs these bytes are being fetched this way."""
+        self._spans.append(span)
+        try:
+            yield
+        finally:
+            self._spans.remove(span)
+
+    def is_fetching(self, span: range) -> bool:
+        """Whether some of these bytes are being fetched this way."""
+        return any(one.start < span.stop and span.start < one.stop for one in self._spans)
+
     def failed(self, error: errors.SourceError, *, jitter: float) -> None:
         """A request failed: the way rests, and the endpoint, if it looks as if that were away; else it answers."""
         now = trio.current_time()
         self.error = safe_text(str(error))
         if not isinstance(error, errors.SourceUnavailableError):
-            self.rest.failed(now, jitter=jitter, rest_s_min=WRONG_REST_S)
+            may_be_reopened = isinstance(error, errors.StoreGoneError) and error.may_be_reopened
+            self.rest.failed(now, jitter=jitter, rest_s_min=0.0 if may_be_reopened else WRONG_REST_S)
             self.endpoint.answered()
             self.drop()
             return

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MountFactory
+from tests.conftest import ExpectedWarnings, MountFactory
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
 from tests.semantics.conftest import status
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.glance]
 
 
 def test_a_tier_that_is_killed_under_readers_costs_no_read(
-    tmp_path: Path, rig: Rig, basefs_mount: MountFactory
+    tmp_path: Path, rig: Rig, basefs_mount: MountFactory, expected_warnings: ExpectedWarnings
 ) -> None:
     """[S614] With a cache tier (`[glance] cache_endpoint`), what it does not give, or gives wrongly, comes from Glance
     in the same read.
@@ -51,6 +51,10 @@ def test_a_tier_that_is_killed_under_readers_costs_no_read(
             reader.join(120)
         assert wrong == []
         assert not any(reader.is_alive() for reader in readers)
+    mount.stop()
+    # Who reads for longer than a second sees the tier tried again, and has it told.
+    if "is not used" in mount.log_text:
+        expected_warnings("the cache tier .* is not used: .*Connection refused")
 
 
 def test_a_tier_with_wrong_answers_gives_no_reader_a_wrong_byte(rig: Rig, basefs_mount: MountFactory) -> None:

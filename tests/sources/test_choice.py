@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from basefs import errors
 from basefs.sources import known_locations, store_reads, ways
 from basefs.sources.base import Digest
+from basefs.sources.ceph_cluster import ConnectionLostError
 from basefs.sources.choice import SourceChoice
 from basefs.sources.starts import START_BYTES
 from tests.cache.memory_source import MemorySource
@@ -252,6 +253,19 @@ async def test_an_image_that_rests_at_a_store_that_answers_is_tried_when_it_is_w
     assert world.glance.requests == 2
 
 
+async def test_what_was_open_and_ended_with_its_connection_is_opened_anew_soon(
+    world, choice, mock_clock, expected_warnings
+):
+    expected_warnings("is not read from rbd at cluster: not this client")
+    world.put(world.rbd)
+    world.rbd.fault = lambda: ConnectionLostError("not this client")
+    await fetch(choice, 0, 10)
+    world.rbd.fault = None
+    mock_clock.jump(1.0)
+    await fetch(choice, 0, 10)
+    await until(lambda: states(choice) == {"rbd": "ready"})
+
+
 async def test_an_endpoint_that_fails_one_image_rests_for_all(world, choice, expected_warnings):
     expected_warnings("rbd at cluster fails")
     world.put(world.rbd)
@@ -301,6 +315,36 @@ async def test_a_slow_store_is_left_for_the_next_source_in_the_same_read(world, 
         await until(lambda: world.rbd.requests == 3)
         mock_clock.jump(store_reads.FIRST_PIECE_S)
     assert world.glance.requests == 1
+
+
+async def test_what_is_late_at_one_store_is_asked_of_the_next_one(world, choice, nursery):
+    world.put(world.rbd, world.s3)
+    await fetch(choice, 0, 10)
+    world.rbd.hold = trio.Event()
+    async with trio.open_nursery() as readers:
+        readers.start_soon(fetch, choice, 0, 200_000)
+        await until(lambda: len(world.rbd.calls) == 3)
+        await fetch(choice, 100_000, 100_000)
+        assert world.s3.calls[-1] == (world.locations[1], 100_000, 100_000)
+        readers.start_soon(fetch, choice, 200_000, 100_000)  # other bytes are late nowhere
+        await until(lambda: len(world.rbd.calls) == 4)
+        world.rbd.hold.set()
+    assert world.glance.requests == 0
+    asked = len(world.s3.calls)
+    await fetch(choice)
+    assert len(world.s3.calls) == asked
+
+
+async def test_what_is_late_at_the_only_store_is_asked_of_it_again_before_glance(world, choice):
+    world.put(world.rbd)
+    await fetch(choice, 0, 10)
+    world.rbd.hold = trio.Event()
+    async with trio.open_nursery() as readers:
+        for number in range(2):
+            readers.start_soon(fetch, choice, 0, 200_000)
+            await until(lambda number=number: len(world.rbd.calls) == 3 + number)
+        world.rbd.hold.set()
+    assert world.glance.requests == 0
 
 
 async def test_a_store_that_hangs_when_it_is_opened_is_left_too(world, choice, mock_clock, expected_warnings):
@@ -447,6 +491,13 @@ async def test_what_was_kept_and_is_not_allowed_any_more_is_not_read(world, choi
     assert world.rbd.opens == opens
     world.kept_locations[IMAGE] = ("rbd://cluster/22222222-2222-3333-4444-555555555555",)
     assert world.choice(nursery).good_at(IMAGE) == math.inf
+
+
+async def test_what_may_be_read_in_place_is_kept_too_and_what_leads_nowhere_is_not(world, choice):
+    world.put(world.rbd)
+    world.locations += [f"file:///images/{IMAGE}", f"rbd://elsewhere/{IMAGE}", "ftp://anywhere/x"]
+    await fetch(choice)
+    assert world.kept_locations == {IMAGE: (f"rbd://cluster/{IMAGE}", f"file:///images/{IMAGE}")}
 
 
 async def test_no_location_with_what_may_be_a_key_is_kept(world, nursery, mock_clock):

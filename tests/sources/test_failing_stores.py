@@ -96,7 +96,6 @@ REFUSALS = [
     (RealS3World, RealS3World.withdraw_policy),
     (RealS3World, RealS3World.remove_key),
     (RealRbdWorld, RealRbdWorld.withdraw_caps),
-    (RealRbdWorld, RealRbdWorld.end_connection),
     (RealSwiftWorld, RealSwiftWorld.forbid),
 ]
 
@@ -112,6 +111,27 @@ async def test_a_store_that_refuses_us_is_left_for_glance(object_stores_rig, exp
         await read_on(reader)
         assert reader.state()[0] == "resting"
         assert reader.glance.requests == 3
+
+
+async def test_a_client_that_was_blocklisted_connects_anew(object_stores_rig, expected_warnings):
+    expected_warnings("is not read from")
+    world = RealRbdWorld(object_stores_rig)
+    async with reading(world) as reader:
+        world.end_connection()
+        await read_on(reader)
+        assert reader.glance.requests > 0
+        await read_from_the_store_again(reader)
+
+
+async def read_from_the_store_again(reader):
+    """Return when the reader's store was tried and is read from."""
+    with trio.fail_after(60):
+        while reader.state()[0] == "resting":
+            await reader.read(0, 1)
+            await trio.sleep(0.1)  # tries are the choice's own
+    asked = reader.glance.requests
+    await read_on(reader)
+    assert reader.glance.requests == asked
 
 
 KINDS = [RealRbdWorld, RealS3World, RealSwiftWorld, RealDynamicSwiftWorld, RealStaticSwiftWorld]
@@ -154,13 +174,7 @@ async def test_a_store_that_is_away_or_hangs_is_left_and_read_from_again(
         await read_on(reader)
         assert reader.state()[0] == "resting"
         world.heal()
-        with trio.fail_after(60):
-            while reader.state()[0] == "resting":
-                await trio.sleep(0.1)  # tries are the choice's own
-                await reader.read(0, 1)
-        asked = reader.glance.requests
-        await read_on(reader)
-        assert reader.glance.requests == asked
+        await read_from_the_store_again(reader)
 
 
 async def test_a_store_whose_answers_trickle_is_left_for_glance(object_stores_rig, expected_warnings):
