@@ -36,13 +36,29 @@ def check_sources(conf: ConfigOpts, settings: Settings) -> list[Finding]:
     except ConfigError as exc:
         return [error("sources", str(exc))]
     files = _files(settings)
+    unreadable = _unreadable_ceph_conf(settings)
+    if unreadable:
+        stores = [store for store in stores if store.name != "rbd"]
+        if not stores and files is None:
+            return unreadable
     if not stores and files is None:
         return [ok("sources", "images are read from Glance: no store behind it is configured")]
     try:
         access = open_glance(conf, threads_max=1)
     except ConfigError as exc:
-        return [error("sources", str(exc))]
-    return trio.run(_check_sources, access, stores, files)
+        return [*unreadable, error("sources", str(exc))]
+    return [*unreadable, *trio.run(_check_sources, access, stores, files)]
+
+
+def _unreadable_ceph_conf(settings: Settings) -> list[Finding]:
+    """Told whether there is an image in Ceph now or not."""
+    if settings.rbd is None or "rbd" not in settings.source_order:
+        return []
+    try:
+        with open(settings.rbd.ceph_conf, "rb"):
+            return []
+    except OSError as exc:
+        return [warning("rbd", f"[rbd] ceph_conf = {settings.rbd.ceph_conf}: {exc.strerror}; {_INSTEAD}")]
 
 
 def _files(settings: Settings) -> FileLocations | None:

@@ -44,6 +44,13 @@ def test_without_a_store_nobody_is_asked(tmp_path):
     assert found == {"sources": ("ok", "images are read from Glance: no store behind it is configured")}
 
 
+def test_a_ceph_conf_that_cannot_be_read_is_named_also_where_no_image_is_in_ceph(tmp_path):
+    found = findings_of(tmp_path, GLANCE_AWAY, f"[rbd]\npools = images\nceph_conf = {tmp_path}/none.conf\n")
+    assert list(found) == ["rbd"]
+    assert found["rbd"][0] == "warning"
+    assert f"[rbd] ceph_conf = {tmp_path}/none.conf: No such file or directory" in found["rbd"][1]
+
+
 def test_a_store_and_a_file_that_an_image_can_be_read_from_are_named(tmp_path, glance, web):
     image = glance.glance.add(DATA)
     (tmp_path / "images").mkdir()
