@@ -19,8 +19,8 @@ LOCK_NAME = "lock"
 FUSECTL = "/sys/fs/fuse/connections"
 PROBE_S = 3.0
 LOCK_PATIENCE_S = 10.0
-"""A server whose keeper has just ended lets go of the lock a moment later; one that was just being started, at low
-priority on a busy machine, when Python has come up far enough to see that."""
+"""When keeper and server are dead, readers and a standby (at low priority) still end; they have the lock, too. A server
+that was just being started does when Python has come up far enough to see it. 2 s were too few at a load of 38."""
 
 
 class CacheLock:
