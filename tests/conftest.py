@@ -20,6 +20,7 @@ from tools.secrets_used import said_files, secrets_in
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 MARK_OF_FIXTURE = {
     "basefs_mount": "mount",
+    "ext4": "mount",
     "keystone_rig": "keystone",
     "cinder_rig": "cinder",
     "cinder_keystone_rig": "cinder",
@@ -131,6 +132,21 @@ def _assert_no_links(rig: Rig) -> None:
     assert not attachments, f"attachments left behind: {attachments}"
     assert not clones, f"clones left behind: {[(one['id'], one['name'], one['status']) for one in clones]}"
     assert not devices, f"loop devices left behind: {devices}"
+
+
+@pytest.fixture
+def ext4(tmp_path: Path, _no_leaks: None) -> Iterator[Path]:
+    """A directory on an ext4 of 96 MiB, which makes itself read-only after an error."""
+    image, directory = tmp_path / "ext4.img", tmp_path / "ext4"
+    directory.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(96 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop,errors=remount-ro", str(image), str(directory)], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
 # -- log records that nobody expected

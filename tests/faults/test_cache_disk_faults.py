@@ -44,21 +44,6 @@ def disks(tmp_path: Path) -> Iterator[list[FaultFs]]:
         ]
 
 
-@pytest.fixture
-def ext4(tmp_path: Path, _no_leaks: None) -> Iterator[Path]:
-    """A small ext4 that makes itself read-only after an error."""
-    image, directory = tmp_path / "ext4.img", tmp_path / "ext4"
-    directory.mkdir()
-    with open(image, "wb") as file:
-        file.truncate(24 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop,errors=remount-ro", str(image), str(directory)], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "-l", str(directory)], check=True)
-
-
 def patient_mount(front: MisbehavingFront, basefs_mount: MountFactory, cache_dir: Path) -> BasefsMount:
     return basefs_mount(front.conf_lines(), PATIENT | {"cache_dir": cache_dir})
 

@@ -25,21 +25,6 @@ LIMIT = 32 * MIB
 OPTIONS = {"fetch_request_bytes_max": MIB, "cache_min_free_bytes": 0, "cache_max_bytes": LIMIT}
 
 
-@pytest.fixture
-def ext4(tmp_path: Path, _no_leaks: None) -> Iterator[Path]:
-    """A directory on an ext4 of 96 MiB."""
-    image, directory = tmp_path / "ext4.img", tmp_path / "ext4"
-    directory.mkdir()
-    with image.open("wb") as file:
-        file.truncate(96 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(directory)], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", str(directory)], check=True)
-
-
 def used(directory: Path) -> int:
     """What `du` says of the cache, and the chunks' directory itself."""
     total = 0

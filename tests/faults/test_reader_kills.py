@@ -6,13 +6,13 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ExpectedWarnings, MountFactory
+from tests.faults.readers import eventually
 from tools.mount import BasefsMount, pids_with_environment
 from tools.rig import Rig
 from tools.soak.killer import KILLED_SERVERS_LOG, Killer, again
@@ -25,7 +25,6 @@ IMAGE_BYTES = 12 * MIB
 READER_DIED = r"reader \d+ died \(signal SIGKILL\)"
 SMALL_CACHE = {"cache_max_bytes": 8 * MIB, "cache_min_free_bytes": 0, "fetch_request_bytes_max": MIB}
 """Less than the image: it is evicted and fetched all the time."""
-DEADLINE_S = 60.0
 
 
 def reader_pids(mount: BasefsMount) -> list[int]:
@@ -35,13 +34,6 @@ def reader_pids(mount: BasefsMount) -> list[int]:
             if b"basefs.reader" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                 found.append(pid)
     return found
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
 
 
 class Looper:
@@ -144,7 +136,7 @@ def test_readers_that_are_killed_cost_nothing_and_do_nothing_twice(
     expected_warnings(READER_DIED)
     mount = basefs_mount(rig, {"readers": 2, **SMALL_CACHE})
     path = mount.path(rig.upload(tmp_path / "image", "image"))
-    wait_until(lambda: len(reader_pids(mount)) == 2, "two readers")
+    eventually(lambda: len(reader_pids(mount)) == 2)
     steps = [verifier(path, content, seed) for seed in range(3)]
     steps += [renamer(mount.mountpoint / f"names-{number}") for number in range(2)]
     with (
@@ -152,7 +144,7 @@ def test_readers_that_are_killed_cost_nothing_and_do_nothing_twice(
         looping(*steps),
         again(kill_one(mount, 1), least_s=0.05, most_s=0.4) as killing,
     ):
-        wait_until(lambda: killing.done >= 12, "12 kills")
+        eventually(lambda: killing.done >= 12)
     assert [error for writer in writers for error in writer.errors] == []
     assert mount.status()["deaths"] == 0
     assert "handed out again" not in mount.log_text
@@ -172,7 +164,7 @@ def test_readers_and_servers_that_are_killed_cost_no_read(
         again(kill_one(mount, 1), least_s=0.1, most_s=0.5) as killing,
         again(Killer(mount), least_s=0.7, most_s=1.5) as killing_servers,
     ):
-        wait_until(lambda: killing.done >= 6 and killing_servers.done >= 2, "6 readers and 2 servers killed")
+        eventually(lambda: killing.done >= 6 and killing_servers.done >= 2)
     assert [error for writer in writers for error in writer.errors] == []
 
 
@@ -185,10 +177,10 @@ def test_a_reader_that_hangs_is_replaced_and_what_it_had_taken_is_answered(
     expected_warnings(r"reader 0 died \(hung for 2 s\)")
     mount = basefs_mount(rig, {"readers": 1, "watchdog_s": 2})
     path = mount.path(rig.upload(tmp_path / "image", "image"))
-    wait_until(lambda: len(reader_pids(mount)) == 1, "a reader")
+    eventually(lambda: len(reader_pids(mount)) == 1)
     step = verifier(path, content, 1)
     step()
     (pid,) = reader_pids(mount)
     os.kill(pid, signal.SIGSTOP)
     with looping(step, renamer(mount.mountpoint / "names")):
-        wait_until(lambda: reader_pids(mount) not in ([], [pid]), "another reader")
+        eventually(lambda: reader_pids(mount) not in ([], [pid]))

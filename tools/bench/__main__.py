@@ -1,6 +1,7 @@
 """python -m tools.bench [NAME ...]: runs the parts named, or all; fails when a bound is missed."""
 
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -48,6 +49,7 @@ NAMED_ONLY = {"stores"}
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that everything is put away
     names = sys.argv[1:] or [name for name in PARTS if name not in NAMED_ONLY]
     if unknown := set(names) - set(PARTS):
         sys.exit(f"no part named {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
