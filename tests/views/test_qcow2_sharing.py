@@ -4,6 +4,8 @@ import os
 import random
 from pathlib import Path
 
+import pytest
+
 from basefs.cache.chunk_file import ChunkFile, open_chunk_file
 from basefs.cache.reader_table import ReaderTable, Share, new_table
 from basefs.core.chunk_map import ChunkMapHeader
@@ -82,6 +84,18 @@ async def test_a_reader_serves_what_it_was_told_and_nothing_compressed(tmp_path:
         served += is_whole
     assert served
     image.close()
+    shared.close()
+
+
+async def test_reads_of_compressed_clusters_look_at_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Writer(Shape(), [Cluster(kind="packed", seed=seed) for seed in range(40)])
+    shared = Shared(tmp_path, made.data)
+    looked_at: list[int] = []
+    known_extents = shared.view.known_extents
+    monkeypatch.setattr(shared.view, "known_extents", lambda at: looked_at.append(at) or known_extents(at))
+    for _ in range(3):
+        await shared.read_and_tell(5 * CLUSTER, 2 * CLUSTER)
+    assert looked_at == [5 * CLUSTER, 6 * CLUSTER] * 3
     shared.close()
 
 
