@@ -1,6 +1,7 @@
 """One reader as its keeper sees it: the process, its clone of /dev/fuse, its slots. Standard library only."""
 
 import fcntl
+import importlib.machinery
 import json
 import os
 import select
@@ -57,6 +58,12 @@ def clear_slots(place: Place) -> None:
         os.pwrite(place.slots_fd, bytes(8), PAGE + at * SLOT_BYTES + 8)
 
 
+def zlib_ng_directory() -> str:
+    """Where zlib_ng is installed, for a reader, which looks for no packages; empty if it is nowhere."""
+    found = importlib.machinery.PathFinder.find_spec("zlib_ng")
+    return "" if found is None or found.origin is None else os.path.dirname(os.path.dirname(found.origin))
+
+
 class ReaderProcess:
     """A started reader. The owner calls `close` when the process has ended; the place stays the owner's."""
 
@@ -64,7 +71,14 @@ class ReaderProcess:
         """Raises OSError when it cannot be started."""
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._fds = [*place, lock_fd]
-        arguments = json.dumps({"reader": number, "keeper_pid": os.getpid(), "keeper_fd": theirs.fileno()})
+        arguments = json.dumps(
+            {
+                "reader": number,
+                "keeper_pid": os.getpid(),
+                "keeper_fd": theirs.fileno(),
+                "libraries": zlib_ng_directory(),
+            }
+        )
         with theirs:
             try:
                 # -S: the site module costs half of the start. It needs the standard library, and this package.

@@ -7,6 +7,8 @@ Invariants:
 - A slot is freed after its request was answered or handed on as a whole, so at most one request was both handed on
   and kept when a reader is killed; the server knows it by its `unique`.
 - A read is answered only if table and `ready` say so before and after the bytes were read, with one generation.
+- A read of compressed clusters is put off until what else is there was dealt with, for it takes 20 times as long as
+  another; one such read is done between two looks at `/dev/fuse`, and beyond PUT_OFF_MAX they are handed on.
 - Requests that are kept while there is no server go to the next one, but for those that the kernel resends to it.
 """
 
@@ -19,8 +21,10 @@ import select
 import socket
 import struct
 import sys
+from collections import deque
 from typing import NoReturn
 
+from basefs import reader_inflate
 from basefs.reader_images import Image, Images, LowerFile
 from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, LAYOUT, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
 
@@ -33,6 +37,10 @@ _REPLY = struct.Struct("<IiQ")
 _READ, _INTERRUPT, _FORGETS = 15, 36, (2, 42)
 BURST = 32
 """Requests that are answered between two looks at the sockets."""
+PUT_OFF_MAX = 16
+"""Reads of compressed clusters that wait here to be inflated; the server, on another processor, has the rest."""
+PUT_OFF_A_BURST = 4
+"""Of those one burst takes no more: other readers may be idle. So a hit behind 16 of them waits for four."""
 MESSAGE_BYTES_MAX = 4096
 PLACE_FDS = 3
 """Clone, slots, lock."""
@@ -62,6 +70,8 @@ class Reader:
         """Slots whose requests wait to be handed on, in order; the first may be on its way (`_sent`)."""
         self._free = [at for at in range(SLOTS - 1, -1, -1) if not self._uniques[at][0]]
         self._sent = 0
+        self._put_off: deque[int] = deque()
+        """Slots of reads that want clusters inflated, in order."""
         self._images = Images()
         self._answer = memoryview(mmap.mmap(-1, PAGE + HIT_BYTES_MAX))
         self._keeper: socket.socket | None = socket.socket(fileno=keeper_fd)
@@ -75,13 +85,18 @@ class Reader:
         """Serve until the session or our use is over: ends the process."""
         while True:
             is_idle = not self._free or self._is_stopping or self._burst()
+            if self._put_off:
+                self._read_packed(self._put_off.popleft())
+                is_idle = False
             self._set_takes(bool(self._free) and not self._is_stopping)
             for fd, _ in self._epoll.poll(-1 if is_idle else 0):
                 if self._keeper is not None and fd == self._keeper.fileno():
                     self._hear_keeper(self._keeper)
                 elif self._server is not None and fd == self._server.fileno():
                     self._hear_server(self._server)
-            if (self._is_stopping and not self._held) or (self._keeper is None and self._server is None):
+            if (self._is_stopping and not self._held and not self._put_off) or (
+                self._keeper is None and self._server is None
+            ):
                 sys.exit(0)
 
     def _set_takes(self, takes: bool) -> None:
@@ -98,10 +113,11 @@ class Reader:
     def _burst(self) -> bool:
         """Deal with the requests that are there, BURST at most; True when no more are there or can be taken."""
         free, slots, clone = self._free, self._slots, self._clone
-        images, files = self._images.by_inode, self._images.by_handle
+        images, files, put_off = self._images.by_inode, self._images.by_handle, self._put_off
+        put_off_enough = len(put_off) + PUT_OFF_A_BURST
         for _ in range(BURST):
-            if not free:
-                return True
+            if not free or len(put_off) == put_off_enough:
+                return not free
             at = free[-1]
             slot = slots[at]
             try:
@@ -120,6 +136,9 @@ class Reader:
                 image = images.get(handle >> 1) or files.get(handle)
                 if image is not None and self._hit(image, unique, offset, size):
                     self._uniques[at][0] = 0
+                    continue
+                if image is not None and len(put_off) < PUT_OFF_MAX and _is_packed(image, offset, size):
+                    put_off.append(free.pop())
                     continue
             free.pop()
             if opcode == _INTERRUPT:
@@ -148,6 +167,23 @@ class Reader:
         counters[HITS] += 1
         counters[HIT_BYTES] += size
         return True
+
+    def _read_packed(self, at: int) -> None:
+        """Answer a read that was put off, or hand it on."""
+        length, _, unique = _HEAD.unpack_from(self._slots[at])
+        handle, offset, size = _READ_IN.unpack_from(self._slots[at], _READ_AT)
+        # Looked up anew: the image may have been closed, and its fd be another file's.
+        image = self._images.by_inode.get(handle >> 1)
+        if (
+            image is not None
+            and _is_packed(image, offset, size)
+            and image.bring(offset, min(offset + size, image.size))
+            and self._hit(image, unique, offset, size)
+        ):
+            self._release(at, length)
+        else:
+            self._held.append(at)
+            self._hand_on()
 
     def _release(self, at: int, length: int) -> None:
         self._uniques[at][0] = 0
@@ -191,6 +227,9 @@ class Reader:
         """From now on this one; the kernel has resent by now what it resends."""
         self._lose_server()
         self._images.new_server()
+        # With what is handed on: the kernel may have resent them.
+        self._held += self._put_off
+        self._put_off.clear()
         self._server = socket.socket(fileno=fd)
         self._epoll.register(fd, select.EPOLLIN)
         # By their `unique`: what was resent before, and not handed on since, has the same one as we took it with then.
@@ -251,9 +290,15 @@ class Reader:
                 self._keeper.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
 
 
+def _is_packed(image: Image | LowerFile, offset: int, size: int) -> bool:
+    return image.is_packed(offset, min(offset + size, image.size))
+
+
 def main() -> None:
     """Entry point of `python -m basefs.reader`."""
-    keeper_fd = int(json.loads(sys.argv[1])["keeper_fd"])
+    arguments = json.loads(sys.argv[1])
+    keeper_fd = int(arguments["keeper_fd"])
+    reader_inflate.use_zlib_ng(arguments.get("libraries"))
     with socket.socket(fileno=os.dup(keeper_fd)) as keeper:
         keeper.send(json.dumps({"type": "ready", "layout": LAYOUT}).encode())
         # The lock's fd says what we belong to (keeper_predecessors).

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from basefs.reader_inflate import Inflater
 from basefs.reader_layout import (
     CLOSE,
     FILE,
@@ -13,6 +14,8 @@ from basefs.reader_layout import (
     HIT_BYTES_MAX,
     IMAGE,
     MESSAGE,
+    PACKED,
+    PACKED_BYTES_MAX,
     READY,
     SERIAL,
     SWEEP,
@@ -20,12 +23,16 @@ from basefs.reader_layout import (
     TABLE_BYTES,
     UNKNOWN,
     ZEROS,
+    packed_place,
 )
 
 FDS_MAX = 3
 CHUNK_BYTES_MIN = 4096
+INFLATE_BYTES_MAX = 128 * 1024
+"""Reads of compressed clusters up to what guests read ahead are inflated here: three clusters of 64 KiB at most."""
 _ALL_READY = bytes([READY]) * (HIT_BYTES_MAX // CHUNK_BYTES_MIN + 2)
 _zeros = memoryview(mmap.mmap(-1, HIT_BYTES_MAX, prot=mmap.PROT_READ))
+_packed = memoryview(mmap.mmap(-1, PACKED_BYTES_MAX))
 _preadv = os.preadv
 _NOWAIT = os.RWF_NOWAIT
 
@@ -34,7 +41,15 @@ class Image:
     """The local bytes of one image, and what says whether they may be served."""
 
     def __init__(
-        self, table: memoryview, entry: int, serial: int, size: int, shift: int, fds: list[int], cluster_bits: int = 0
+        self,
+        table: memoryview,
+        entry: int,
+        serial: int,
+        size: int,
+        shift: int,
+        fds: list[int],
+        cluster_bits: int,
+        inflater: Inflater,
     ) -> None:
         """`entry` is the entry's first word in `table`; `fds` as in the message IMAGE, ours from here."""
         self.size = size
@@ -47,6 +62,8 @@ class Image:
         self._ready = memories[0] if memories else memoryview(b"")
         self._bits = cluster_bits
         self._clusters = memories[-1].cast("Q") if cluster_bits else self._ready
+        self._mask = (1 << cluster_bits) - 1
+        self._inflater = inflater
         self.read_into: Callable[[memoryview, int, int], bool] = (
             self._read_clusters_into if cluster_bits else self._read_stored_into if memories else self._read_file_into
         )
@@ -60,32 +77,74 @@ class Image:
         return bool(self._table[self._serial_word] != self._serial)
 
     def _read_clusters_into(self, target: memoryview, offset: int, end: int) -> bool:
-        """As `read_into`, for the disk whose clusters the map tells of."""
+        """As `read_into`, for the disk whose clusters the map tells of. Compressed ones must have been brought."""
+        # Before the map: what that said in an earlier generation may be wrong.
         generation = self._table[self._generation_word]
+        bits, mask = self._bits, self._mask
+        if offset >> bits == end - 1 >> bits:
+            return self._read_piece_into(target, self._clusters[offset >> bits], offset & mask, generation)
         at = 0
-        for place, length in self._pieces(offset, end):
-            piece = target[at : at + length]
-            if place == ZEROS:
-                piece[:] = _zeros[:length]
-            elif place == UNKNOWN or not self._read_stored_into(piece, place, place + length):
+        for word, begin, length in self._pieces(offset, end):
+            if not self._read_piece_into(target[at : at + length], word, begin, generation):
                 return False
             at += length
         return bool(self._table[self._generation_word] == generation and self._table[self._serial_word] == self._serial)
 
-    def _pieces(self, offset: int, end: int) -> list[tuple[int, int]]:
-        """Places and lengths of what `[offset, end)` of the disk is made of; neighbours in the file are one piece."""
-        bits, mask = self._bits, (1 << self._bits) - 1
-        pieces: list[tuple[int, int]] = []
+    def _pieces(self, offset: int, end: int) -> list[tuple[int, int, int]]:
+        """What `[offset, end)` of the disk is made of: words, and which bytes from there; neighbours are one piece."""
+        bits, mask = self._bits, self._mask
+        pieces: list[tuple[int, int, int]] = []
+        plain_end = 0
         while offset < end:
-            length = min(mask + 1 - (offset & mask), end - offset)
-            place = self._clusters[offset >> bits]
-            place += offset & mask if place > ZEROS else 0
-            if pieces and place > ZEROS and sum(pieces[-1]) == place and pieces[-1][0] > ZEROS:
-                pieces[-1] = pieces[-1][0], pieces[-1][1] + length
+            begin = offset & mask
+            length = min(mask + 1 - begin, end - offset)
+            word = self._clusters[offset >> bits]
+            if ZEROS < word == plain_end:
+                first, at, before = pieces.pop()
+                pieces.append((first, at, before + length))
             else:
-                pieces.append((place, length))
+                pieces.append((word, begin, length))
+            plain_end = word + begin + length if ZEROS < word < PACKED else 0
             offset += length
         return pieces
+
+    def _read_piece_into(self, target: memoryview, word: int, begin: int, generation: int) -> bool:
+        """Read from byte `begin` on of the cluster, or of the neighbours, that `word` tells of; see `read_into`."""
+        if ZEROS < word < PACKED:
+            return self._read_place_into(target, word + begin, generation)
+        if word == UNKNOWN:
+            return False
+        if word == ZEROS:
+            target[:] = _zeros[: len(target)]
+            return bool(
+                self._table[self._generation_word] == generation and self._table[self._serial_word] == self._serial
+            )
+        cluster = self._inflater.kept(self._serial, generation, word)
+        if cluster is None:
+            return False
+        target[:] = memoryview(cluster)[begin : begin + len(target)]
+        # `ready`, too: it says whose use is to be noted.
+        return self._may_serve(*packed_place(word, self._bits), generation)
+
+    def is_packed(self, offset: int, end: int) -> bool:
+        """Whether `bring` may help `read_into` for this range: not to be asked where `read_into` has done it."""
+        if not offset < end <= offset + INFLATE_BYTES_MAX or self._inflater.is_slow(self._serial):
+            return False
+        words = self._clusters[offset >> self._bits : (end - 1 >> self._bits) + 1] if self._bits else ()
+        return UNKNOWN not in words and any(word >= PACKED for word in words)
+
+    def bring(self, offset: int, end: int) -> bool:
+        """Inflate what is compressed of a range that `is_packed`; False when that is the server's affair."""
+        for cluster in range(offset >> self._bits, (end - 1 >> self._bits) + 1):
+            generation = self._table[self._generation_word]
+            word = self._clusters[cluster]
+            if word >= PACKED and self._inflater.kept(self._serial, generation, word) is None:
+                host, length = packed_place(word, self._bits)
+                packed = _packed[:length]
+                if not length or not self._read_place_into(packed, host, generation):
+                    return False
+                self._inflater.inflate(self._serial, generation, word, packed, self._mask + 1)
+        return True
 
     def _read_file_into(self, target: memoryview, offset: int, end: int) -> bool:
         """As `read_into`, for an image that has become a file, every byte of which is there."""
@@ -95,28 +154,39 @@ class Image:
             return False
         return is_whole and not self.is_revoked
 
-    def _read_stored_into(self, target: memoryview, offset: int, end: int) -> bool:
+    def _read_stored_into(self, target: memoryview, offset: int, end: int) -> bool:  # noqa: ARG002
         """As `read_into`, for what is shown as it is stored."""
-        table, ready = self._table, self._ready
-        generation = table[self._generation_word]
-        first, last = offset >> self._shift, (end - 1 >> self._shift) + 1
-        wanted = _ALL_READY[: last - first]
-        if table[self._serial_word] != self._serial or ready[first:last] != wanted:
+        return self._read_place_into(target, offset, self._table[self._generation_word])
+
+    def _read_place_into(self, target: memoryview, place: int, generation: int) -> bool:
+        """As `read_into`, for the stored bytes from `place` on, if they are those of this generation."""
+        size = len(target)
+        if not self._may_serve(place, size, generation):
             return False
         try:
-            if _preadv(self._fd, [target], offset, _NOWAIT) != end - offset:
+            if _preadv(self._fd, [target], place, _NOWAIT) != size:
                 return False
         except OSError:  # not in memory, or the disk fails: the server's affair
             return False
         # The kernel's locks around reading, writing and punching order this look after ours at the bytes.
+        return self._may_serve(place, size, generation)
+
+    def _may_serve(self, place: int, size: int, generation: int) -> bool:
+        """Whether `ready` and table say that these stored bytes are the image's, and were in this generation."""
+        table, ready = self._table, self._ready
+        first, last = place >> self._shift, place + size - 1 >> self._shift
+        if first == last < len(ready):
+            # One chunk, as nearly always: a comparison of slices takes 0.3 us more.
+            is_ready = ready[first] == READY
+        else:
+            is_ready = ready[first : last + 1] == _ALL_READY[: last + 1 - first]
         return bool(
-            ready[first:last] == wanted
-            and table[self._generation_word] == generation
-            and table[self._serial_word] == self._serial
+            is_ready and table[self._generation_word] == generation and table[self._serial_word] == self._serial
         )
 
     def close(self) -> None:
         """Give everything back: an image that was removed must not keep its place on the disk."""
+        self._inflater.forget(self._serial)
         os.close(self._fd)
 
 
@@ -135,6 +205,10 @@ class LowerFile:
         except OSError:
             return False
 
+    def is_packed(self, offset: int, end: int) -> bool:  # noqa: ARG002
+        """See `Image.is_packed`: nothing is."""
+        return False
+
     def close(self) -> None:
         """Give the fd back."""
         os.close(self._fd)
@@ -146,6 +220,7 @@ class Images:
     def __init__(self) -> None:
         self.by_inode: dict[int, Image] = {}
         self.by_handle: dict[int, LowerFile] = {}
+        self._inflater = Inflater()
         self._table: memoryview | None = None
         self._table_id = (-1, -1)
 
@@ -170,7 +245,7 @@ class Images:
                 self._close_file(inode)
             elif kind == IMAGE and self._table is not None and fds:
                 self._forget(inode)
-                self.by_inode[inode] = Image(self._table, entry, serial, size, shift, fds, cluster_bits)
+                self.by_inode[inode] = Image(self._table, entry, serial, size, shift, fds, cluster_bits, self._inflater)
                 fds = []
             elif kind == SWEEP:
                 for revoked in [inode for inode, image in self.by_inode.items() if image.is_revoked]:

@@ -12,7 +12,7 @@ its bytes change.
 
 import struct
 
-LAYOUT = 1
+LAYOUT = 2
 """The number of all that stands here, raised when any of it changes: readers and servers say theirs to the keeper."""
 
 PAGE = 4096
@@ -36,9 +36,16 @@ TABLE, IMAGE, SWEEP, FILE, CLOSE = 1, 2, 3, 4, 5
 map if it has clusters; close what was revoked; with the fd of an open lower file, whose handle is in the place of the
 inode; close that one. A handle on a lower file is never used again, so nobody reads through it once it was released."""
 
-UNKNOWN, ZEROS = 0, 1
-"""What the cluster map says of a cluster of the disk that is shown: ask the server; zeros. Any other word is where the
-cluster is in the image's bytes."""
+UNKNOWN, ZEROS, PACKED = 0, 1, 1 << 63
+"""What the cluster map says of a cluster of the disk that is shown: ask the server; zeros; or with PACKED, where its
+deflate stream is in the image's bytes (`packed_word`). Any other word is where the cluster is in them as it is."""
+PACKED_CLUSTER_BITS_MAX = 16
+"""Larger clusters are the server's: to inflate one would hold up everything else that a reader does."""
+_PACKED_HOST_BITS = 43
+_PACKED_HOST_MAX = (1 << _PACKED_HOST_BITS) - 1
+_SECTOR = 512
+PACKED_BYTES_MAX = (1 << PACKED_CLUSTER_BITS_MAX) + _SECTOR
+"""The longest stream that `packed_word` tells of, and a byte."""
 MAP_BYTES_MAX = 16 << 20
 """Of a larger map (a disk of 128 GiB at the default cluster size) there is none, and the server answers all."""
 
@@ -46,3 +53,21 @@ READY = 1
 """The value of `ready` that a reader serves; any other is for the server (cache/chunk_file.py)."""
 HIT_BYTES_MAX = 1 << 20
 """The largest read that a reader answers."""
+
+
+def packed_word(host: int, length: int, cluster_bits: int) -> int:
+    """The word of a cluster whose deflate stream begins at byte `host` and ends within `length` bytes; or UNKNOWN.
+
+    It is UNKNOWN for what is not inflated by readers: large clusters, a place beyond 8 TiB, and a stream that is
+    longer than the cluster, as qemu writes none; a reader would take the longer for it the longer it is.
+    """
+    if cluster_bits > PACKED_CLUSTER_BITS_MAX or not 0 <= host <= _PACKED_HOST_MAX:
+        return UNKNOWN
+    # What an L2 entry says ends with a sector.
+    return PACKED | length << _PACKED_HOST_BITS | host if 0 < length < (1 << cluster_bits) + _SECTOR else UNKNOWN
+
+
+def packed_place(word: int, cluster_bits: int) -> tuple[int, int]:
+    """Host and length in a word with PACKED; a length of 0 where it is none that `packed_word` makes."""
+    host, length = word & _PACKED_HOST_MAX, (word ^ PACKED) >> _PACKED_HOST_BITS
+    return host, length if packed_word(host, length, cluster_bits) == word else 0

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from basefs.cache.chunk_file import ChunkFile, open_chunk_file
 from basefs.cache.reader_table import ReaderTable, Share, new_table
 from basefs.core.chunk_map import ChunkMapHeader
 from basefs.reader_images import Image
-from basefs.reader_layout import TABLE_ENTRIES
+from basefs.reader_inflate import Inflater
+from basefs.reader_layout import TABLE_ENTRIES, packed_word
 
 CHUNK = 16 * 1024
 CHUNKS = 5
 SIZE = CHUNKS * CHUNK - 1000
 NUMBER = 7
+CLUSTER_BITS = 13
 CONTENT = random.Random(0).randbytes(SIZE)
 HEADER = ChunkMapHeader(image_id="image", size=SIZE, chunk_bytes=CHUNK)
 
@@ -29,8 +32,9 @@ HEADER = ChunkMapHeader(image_id="image", size=SIZE, chunk_bytes=CHUNK)
 class Server:
     """The server's side of one image, as `ledger` and `image_eviction` order it; and the next server's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, content: bytes = CONTENT) -> None:
         self._directory = directory
+        self._content = content
         self._files: list[ChunkFile] = []
         self.table_fd = new_table()
         self.table = ReaderTable(self.table_fd)
@@ -48,7 +52,7 @@ class Server:
 
     def fetch(self, index: int) -> None:
         start = index * CHUNK
-        self.file.write_piece(start, CONTENT[start : start + CHUNK])
+        self.file.write_piece(start, self._content[start : start + CHUNK])
         self.file.mark_ready(index)
 
     def evict(self, index: int) -> None:
@@ -99,7 +103,7 @@ READS = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE), STEPS, STEPS, 
 
 def image_of(share: Share, table: ReaderTable) -> Image:
     fds = [os.dup(share.data_fd), os.dup(share.ready_fd)]
-    return Image(table.words, share.entry, share.serial, share.size, share.chunk_shift, fds)
+    return Image(table.words, share.entry, share.serial, share.size, share.chunk_shift, fds, 0, Inflater())
 
 
 @pytest.fixture
@@ -144,6 +148,79 @@ def test_what_is_served_is_right(reads: list[tuple[int, int, list, list, list, l
                 if image.is_revoked:
                     image.close()
                     image = image_of(server.share(), server.table)
+        finally:
+            image.close()
+            server.close()
+
+
+def packed_disk() -> tuple[bytes, bytes, list[int]]:
+    """Stored bytes as large as CONTENT, the disk of compressed clusters in them, and its map."""
+    chance = random.Random(3)
+    stored, disk, words = bytearray(SIZE), b"", []
+    at = CHUNK // 2
+    for _ in range(6):
+        cluster = chance.randbytes(1 << CLUSTER_BITS - 1) * 2
+        deflate = zlib.compressobj(6, zlib.DEFLATED, -12)
+        packed = deflate.compress(cluster) + deflate.flush()
+        stored[at : at + len(packed)] = packed
+        words.append(packed_word(at, len(packed), CLUSTER_BITS))
+        disk += cluster
+        at += len(packed) + chance.randrange(CHUNK // 4)
+    return bytes(stored), disk, words
+
+
+PACKED_READS = st.tuples(st.integers(0, 5 << CLUSTER_BITS), st.integers(1, 2 << CLUSTER_BITS), *[STEPS] * 5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(PACKED_READS, min_size=1, max_size=6))
+def test_what_is_inflated_is_right(reads: list[tuple[int, int, list, list, list, list, list]]) -> None:  # type: ignore[type-arg]
+    stored, disk, words = packed_disk()
+    inflater = Inflater()
+
+    def image_of_disk() -> Image:
+        share = server.file.share(NUMBER, server.table, cluster_bits=CLUSTER_BITS, shown_bytes=len(disk))
+        assert share is not None
+        assert share.cluster_map is not None
+        for at, word in enumerate(words):
+            share.cluster_map[at] = word
+        fds = [os.dup(fd) for fd in (share.data_fd, share.ready_fd, share.map_fd)]
+        return Image(
+            server.table.words, share.entry, share.serial, share.size, share.chunk_shift, fds, CLUSTER_BITS, inflater
+        )
+
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        server = Server(Path(name), stored)
+        for index in range(CHUNKS):
+            server.fetch(index)
+        image = image_of_disk()
+        try:
+            for offset, length, before, first, second, after, between in reads:
+                do(server, before)
+
+                def torn(fd: int, targets: list[memoryview], at: int, _flags: int) -> int:
+                    """As above, around and between the halves of the stream."""
+                    (target,) = targets
+                    half = len(target) // 2
+                    do(server, first)  # noqa: B023
+                    done = os.preadv(fd, [target[:half]], at) if half else 0
+                    do(server, second)  # noqa: B023
+                    done += os.preadv(fd, [target[half:]], at + half)
+                    do(server, after)  # noqa: B023
+                    return done
+
+                patch.setattr(reader_images, "_preadv", torn)
+                end = min(len(disk), offset + length)
+                target = memoryview(bytearray(end - offset))
+                if image.read_into(target, offset, end):
+                    assert target == disk[offset:end]
+                if image.is_packed(offset, end) and image.bring(offset, end):
+                    do(server, between)
+                    if image.read_into(target, offset, end):
+                        assert target == disk[offset:end]
+                if image.is_revoked:
+                    image.close()
+                    image = image_of_disk()
         finally:
             image.close()
             server.close()

@@ -5,20 +5,24 @@ import gc
 import json
 import mmap
 import os
+import queue
 import random
 import select
 import socket
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from basefs.cache.reader_table import Entry, ReaderTable, new_table
 from basefs.core import fuse_wire as wire
 from basefs.keeper_reader_process import Place, clear_slots, taken_slots
-from basefs.reader import Reader
+from basefs.reader import PUT_OFF_A_BURST, PUT_OFF_MAX, Reader
+from basefs.reader_inflate import Inflater
 from basefs.reader_layout import (
     CLOSE,
     FILE,
@@ -31,6 +35,7 @@ from basefs.reader_layout import (
     SLOTS_BYTES,
     SWEEP,
     TABLE,
+    packed_word,
 )
 
 HEADER = wire.IN_HEADER.size
@@ -185,6 +190,150 @@ def test_hits_are_answered_and_everything_else_is_handed_on(rig: Rig) -> None:
     served = [0] * 3
     served[HITS], served[HIT_BYTES], served[FORWARDED] = 4, 4096 + 16_000 + 24_000 + 1, len(others)
     assert rig.counters() == served
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+class PackedImage:
+    """A disk of compressed clusters, of 8 KiB each, as the server shares it."""
+
+    BITS = 13
+
+    def __init__(self, rig: Rig, clusters: int) -> None:
+        self.disk = b"".join(random.Random(seed).randbytes(4096) * 2 for seed in range(clusters))
+        stored, words = b"", []
+        for at in range(0, len(self.disk), 1 << self.BITS):
+            deflate = zlib.compressobj(6, zlib.DEFLATED, -12)
+            packed = deflate.compress(self.disk[at : at + (1 << self.BITS)]) + deflate.flush()
+            words.append(packed_word(len(stored), len(packed), self.BITS))
+            stored += packed
+        path = rig.directory / "packed"
+        path.write_bytes(stored)
+        data_fd = os.open(path, os.O_RDONLY)
+        ready_fd, map_fd = os.memfd_create("ready"), os.memfd_create("map")
+        os.write(ready_fd, bytes([1]) * (-(-len(stored) >> CHUNK_SHIFT)))
+        os.write(map_fd, struct.pack(f"<{len(words)}Q", *words))
+        entry = rig.table.list(8)
+        assert entry is not None
+        self.entry = entry
+        assert rig.server is not None
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [data_fd, ready_fd, map_fd]))]
+        message = MESSAGE.pack(IMAGE, CHUNK_SHIFT, INODE + 1, entry.word, entry.serial, len(self.disk), self.BITS)
+        rig.server.sendmsg([message], rights)
+        for fd in (data_fd, ready_fd, map_fd):
+            os.close(fd)
+        rig.settle()
+
+    def read(self, unique: int, cluster: int) -> bytes:
+        return read_of(unique, cluster << self.BITS, 100, HANDLE + 2)
+
+    def answer(self, unique: int, cluster: int) -> bytes:
+        at = cluster << self.BITS
+        return wire.reply_header(unique, 100) + self.disk[at : at + 100]
+
+
+class Gate:
+    """Holds a reader up before each cluster that it inflates."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._reached: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._passes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        inflate = Inflater.inflate
+
+        def held(*arguments: Any) -> None:
+            self._reached.put(None)
+            self._passes.get(timeout=PATIENCE_S)
+            inflate(*arguments)
+
+        monkeypatch.setattr(Inflater, "inflate", held)
+
+    def wait(self) -> None:
+        """Until the reader has come to the next cluster."""
+        self._reached.get(timeout=PATIENCE_S)
+
+    def open(self, clusters: int = 100) -> None:
+        """Let it inflate so many."""
+        for _ in range(clusters):
+            self._passes.put(None)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate(monkeypatch)
+    yield made
+    made.open()
+
+
+def test_what_is_to_be_inflated_waits_for_what_is_not_and_what_is_too_much_is_handed_on(rig: Rig, gate: Gate) -> None:
+    rig.new_server()
+    SharedImage(rig)
+    many = 1 + PUT_OFF_MAX + 20
+    packed = PackedImage(rig, many)
+    rig.kernel.send(packed.read(2, 0))
+    gate.wait()
+    for cluster in range(1, many):
+        rig.kernel.send(packed.read(2 * cluster + 2, cluster))
+    rig.kernel.send(read_of(1000, 0, 100))
+    gate.open()
+    answers = []
+    while not answers or answers[-1][8:16] != struct.pack("<Q", 1000):
+        answers.append(rig.kernel.recv(1 << 20))
+    assert answers[-1] == wire.reply_header(1000, 100) + CONTENT[:100]
+    before = len(answers) - 1
+    # Of each burst PUT_OFF_A_BURST are put off, and one is done; once PUT_OFF_MAX wait the rest is handed on.
+    assert before < PUT_OFF_MAX // (PUT_OFF_A_BURST - 1) + 2
+    served = before + PUT_OFF_MAX
+    assert answers[:-1] == [packed.answer(2 * cluster + 2, cluster) for cluster in range(before)]
+    for cluster in range(before, served):
+        assert rig.kernel.recv(1 << 20) == packed.answer(2 * cluster + 2, cluster)
+    rest = b"".join(packed.read(2 * cluster + 2, cluster) for cluster in range(served, many))
+    assert rig.handed_on(len(rest)) == rest
+    rig.settle()
+    assert rig.is_silent()
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_what_waits_to_be_inflated_when_another_server_comes_is_handed_on(rig: Rig, gate: Gate) -> None:
+    rig.new_server()
+    packed = PackedImage(rig, 4)
+    rig.kernel.send(packed.read(2, 0))
+    gate.wait()
+    for cluster in range(1, 4):
+        rig.kernel.send(packed.read(2 * cluster + 2, cluster))
+    gate.open(1)
+    gate.wait()
+    ours, theirs = socket.socketpair()
+    ours.settimeout(PATIENCE_S)
+    socket.send_fds(rig.keeper, [b'{"type": "server"}'], [theirs.fileno()])
+    theirs.close()
+    gate.open()
+    assert rig.kernel.recv(1 << 20) == packed.answer(2, 0)
+    rig.server, before = ours, rig.server
+    # Three had been taken; one of them is done, and then the keeper is heard.
+    assert rig.kernel.recv(1 << 20) == packed.answer(4, 1)
+    asked = [rig.kernel.recv(100) for _ in range(2)]
+    assert sorted(asked) == [struct.pack("<IiQ", 16, -4, unique | 1) for unique in (6, 8)]
+    assert rig.handed_on(2 * len(packed.read(2, 0))) == packed.read(6, 2) + packed.read(8, 3)
+    assert before is not None
+    before.close()
+    rig.settle()
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_an_image_that_is_revoked_while_its_read_waits_is_handed_on(rig: Rig, gate: Gate) -> None:
+    rig.new_server()
+    packed = PackedImage(rig, 2)
+    rig.kernel.send(packed.read(2, 0))
+    gate.wait()
+    rig.kernel.send(packed.read(4, 1))
+    gate.open(1)
+    gate.wait()
+    assert rig.kernel.recv(1 << 20) == packed.answer(2, 0)
+    rig.kernel.send(packed.read(6, 0))
+    packed.entry.revoke()
+    gate.open()
+    rest = packed.read(4, 1) + packed.read(6, 0)
+    assert rig.handed_on(len(rest)) == rest
+    rig.tell(SWEEP, [])
     assert taken_slots(Place(0, rig.slots_fd)) == []
 
 
