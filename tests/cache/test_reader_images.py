@@ -172,7 +172,7 @@ def packed_disk() -> tuple[bytes, bytes, list[int]]:
 PACKED_READS = st.tuples(st.integers(0, 5 << CLUSTER_BITS), st.integers(1, 2 << CLUSTER_BITS), *[STEPS] * 5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(PACKED_READS, min_size=1, max_size=6))
 def test_what_is_inflated_is_right(reads: list[tuple[int, int, list, list, list, list, list]]) -> None:  # type: ignore[type-arg]
     stored, disk, words = packed_disk()

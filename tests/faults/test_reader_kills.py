@@ -5,6 +5,7 @@ import mmap
 import os
 import random
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +129,14 @@ def kill_one(mount: BasefsMount, seed: int) -> Callable[[], bool]:
     return act
 
 
+def packed(directory: Path, seed: int) -> tuple[Path, bytes]:
+    """A compressed qcow2 file, and the disk in it."""
+    disk = b"".join(random.Random(seed + at).randbytes(2048) * 2 for at in range(4 * MIB // 4096))
+    (directory / "disk").write_bytes(disk)
+    subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", directory / "disk", directory / "qcow2"], check=True)
+    return directory / "qcow2", disk
+
+
 def test_readers_that_are_killed_cost_nothing_and_do_nothing_twice(
     rig: Rig, basefs_mount: MountFactory, expected_warnings: ExpectedWarnings, tmp_path: Path
 ) -> None:
@@ -137,7 +146,9 @@ def test_readers_that_are_killed_cost_nothing_and_do_nothing_twice(
     mount = basefs_mount(rig, {"readers": 2, **SMALL_CACHE})
     path = mount.path(rig.upload(tmp_path / "image", "image"))
     eventually(lambda: len(reader_pids(mount)) == 2)
-    steps = [verifier(path, content, seed) for seed in range(3)]
+    file, disk = packed(tmp_path, 1)
+    packed_path = mount.path(rig.upload(file, "packed", "qcow2"))
+    steps = [verifier(path, content, 1), verifier(path, content, 2), verifier(packed_path, disk, 3)]
     steps += [renamer(mount.mountpoint / f"names-{number}") for number in range(2)]
     with (
         lower_writers(mount.mountpoint, 1) as writers,
@@ -158,9 +169,14 @@ def test_readers_and_servers_that_are_killed_cost_no_read(
     expected_warnings("|".join((READER_DIED, *KILLED_SERVERS_LOG)))
     mount = basefs_mount(rig, {"readers": 2, **SMALL_CACHE})
     path = mount.path(rig.upload(tmp_path / "image", "image"))
+    file, disk = packed(tmp_path, 1)
+    packed_path = mount.path(rig.upload(file, "packed", "qcow2"))
     with (
         lower_writers(mount.mountpoint, 2) as writers,
-        looping(*(verifier(path, content, seed) for seed in range(4))),
+        looping(
+            *(verifier(path, content, seed) for seed in range(2)),
+            *(verifier(packed_path, disk, seed) for seed in range(2)),
+        ),
         again(kill_one(mount, 1), least_s=0.1, most_s=0.5) as killing,
         again(Killer(mount), least_s=0.7, most_s=1.5) as killing_servers,
     ):
