@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from basefs.reader_attributes import AttributeCells
 from basefs.reader_layout import (
     CLOSE,
     FILE,
@@ -146,6 +147,8 @@ class Images:
     def __init__(self) -> None:
         self.by_inode: dict[int, Image] = {}
         self.by_handle: dict[int, LowerFile] = {}
+        self.cells: AttributeCells | None = None
+        """What the table says of attributes; None while there is no table."""
         self._table: memoryview | None = None
         self._table_id = (-1, -1)
 
@@ -196,6 +199,7 @@ class Images:
                 self._forget(inode)
             self._table_id = (status.st_dev, status.st_ino)
             self._table = memoryview(mmap.mmap(fd, TABLE_BYTES, prot=mmap.PROT_READ)).cast("Q")
+            self.cells = AttributeCells(self._table)
         os.close(fd)
 
     def _forget(self, inode: int) -> None:

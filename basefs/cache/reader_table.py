@@ -22,7 +22,7 @@ from basefs.reader_layout import (
 
 KEY = "readers"
 """Under which the table is left with the keeper."""
-MAGIC = 0x0BA5EF50_00000001
+MAGIC = 0x0BA5EF50_00000002
 """With the version."""
 _MAGIC, _LAST_SERIAL = 0, 1
 

@@ -28,6 +28,7 @@ from basefs.fuse.lower import LowerTree
 from basefs.fuse.operations import Operations
 from basefs.fuse.request_loop import reply
 from basefs.reader_layout import (
+    ATTRIBUTES,
     CLOSE,
     FILE,
     FORWARDED,
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 2 * SLOT_BYTES
 LENGTH_BYTES = 4
+_COUNTED = (HITS, HIT_BYTES, FORWARDED, ATTRIBUTES)
 
 
 class ReaderLink:
@@ -58,15 +60,15 @@ class ReaderLink:
         self.ended = trio.Event()
         self._counters = memoryview(mmap.mmap(slots_fd, PAGE, prot=mmap.PROT_READ)).cast("Q")
         os.close(slots_fd)
-        self._begun_with = [self._counters[word] for word in (HITS, HIT_BYTES, FORWARDED)]
+        self._begun_with = [self._counters[word] for word in _COUNTED]
         self._told: dict[int, int] = {}
         self._files: set[int] = set()
         self._due: deque[bytes] = deque()
         """What the socket did not take yet; sent with the next ones."""
 
     def counts(self) -> list[int]:
-        """Hits, their bytes, and requests handed on, since it was connected to this server."""
-        now = [self._counters[word] for word in (HITS, HIT_BYTES, FORWARDED)]
+        """Hits, their bytes, requests handed on and attributes told, since it was connected to this server."""
+        now = [self._counters[word] for word in _COUNTED]
         return [count - before for count, before in zip(now, self._begun_with, strict=True)]
 
     def tell_table(self, table: ReaderTable) -> None:
@@ -135,7 +137,7 @@ class Readers:
         self._links: dict[int, ReaderLink] = {}
         self._clones: dict[int, int] = {}
         self._last_uniques: dict[int, int] = {}
-        self._ended_counts = [0, 0, 0]
+        self._ended_counts = [0] * len(_COUNTED)
         table.revoked = self._sweep
         lower.when_released(self._released)
 
@@ -161,10 +163,13 @@ class Readers:
                 nursery.start_soon(self._serve, link, nursery)
 
     def counts(self) -> dict[str, int]:
-        """What readers did since this server began: `hits`, `hit_bytes`, `forwarded`; how many there are: `readers`."""
+        """What readers did since this server began: `hits`, `hit_bytes`, `forwarded`, `attributes`; and `readers`."""
         each = [self._ended_counts, *(link.counts() for link in self._links.values())]
-        hits, hit_bytes, handed_on = (sum(column) for column in zip(*each, strict=True))
-        return {"readers": len(self._links), "hits": hits, "hit_bytes": hit_bytes, "forwarded": handed_on}
+        sums = [sum(column) for column in zip(*each, strict=True)]
+        return {
+            "readers": len(self._links),
+            **dict(zip(("hits", "hit_bytes", "forwarded", "attributes"), sums, strict=True)),
+        }
 
     def _released(self, handle: int) -> None:
         for link in self._links.values():

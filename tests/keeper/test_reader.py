@@ -19,7 +19,9 @@ from basefs.cache.reader_table import Entry, ReaderTable, new_table
 from basefs.core import fuse_wire as wire
 from basefs.keeper_reader_process import Place, clear_slots, taken_slots
 from basefs.reader import Reader
+from basefs.reader_attributes import AttributeCells
 from basefs.reader_layout import (
+    ATTRIBUTES,
     CLOSE,
     FILE,
     FORWARDED,
@@ -109,7 +111,7 @@ class Rig:
         return not select.select(watched, [], [], SILENCE_S)[0]
 
     def counters(self) -> list[int]:
-        return list(memoryview(mmap.mmap(self.slots_fd, 4096)).cast("Q")[:3])
+        return list(memoryview(mmap.mmap(self.slots_fd, 4096)).cast("Q")[:4])
 
     def end(self) -> None:
         if self.server is not None:
@@ -182,7 +184,7 @@ def test_hits_are_answered_and_everything_else_is_handed_on(rig: Rig) -> None:
     rig.kernel.send(wire.IN_HEADER.pack(HEADER + 8, 36, 21, 0, 0, 0, 0, 0, 0) + struct.pack("<Q", 20))
     rig.settle()
     assert rig.is_silent()
-    served = [0] * 3
+    served = [0] * 4
     served[HITS], served[HIT_BYTES], served[FORWARDED] = 4, 4096 + 16_000 + 24_000 + 1, len(others)
     assert rig.counters() == served
     assert taken_slots(Place(0, rig.slots_fd)) == []
@@ -342,3 +344,49 @@ def test_an_image_that_is_a_file_is_served_until_it_is_revoked(rig: Rig) -> None
     entry.revoke()
     rig.kernel.send(read_of(4, 0, 10))
     assert rig.handed_on(len(read_of(4, 0, 10))) == read_of(4, 0, 10)
+
+
+def getattr_of(unique: int, inode: int = INODE) -> bytes:
+    return wire.IN_HEADER.pack(HEADER + 16, 3, unique, inode, 0, 0, 1, 0, 0) + bytes(16)
+
+
+def flush_of(unique: int, inode: int, handle: int) -> bytes:
+    body = wire.FLUSH_IN.pack(handle, 0, 0, 0)
+    return wire.IN_HEADER.pack(HEADER + len(body), 25, unique, inode, 0, 0, 1, 0, 0) + body
+
+
+def test_attributes_are_told_as_the_table_has_them_with_and_without_a_server(rig: Rig) -> None:
+    told = random.Random(2).randbytes(104)
+    rig.kernel.send(getattr_of(2))  # nobody has told it where to look
+    rig.new_server()
+    assert rig.kernel.recv(100) == struct.pack("<IiQ", 16, -4, 3)
+    assert rig.handed_on(HEADER + 16) == getattr_of(2)
+    cells = AttributeCells(rig.table.words)
+    cells.put(INODE, told)
+    rig.kernel.send(getattr_of(4))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(4, 104) + told
+    rig.kernel.send(getattr_of(6, INODE + 1))
+    assert rig.handed_on(HEADER + 16) == getattr_of(6, INODE + 1)
+    assert rig.server is not None
+    rig.server.close()
+    rig.server = None
+    rig.kernel.send(getattr_of(8))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(8, 104) + told
+    rig.new_server()
+    cells.clear(INODE)
+    rig.kernel.send(getattr_of(10))
+    assert rig.handed_on(HEADER + 16) == getattr_of(10)
+    rig.settle()
+    assert rig.counters()[ATTRIBUTES] == 2
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_the_close_of_an_image_is_answered_and_that_of_any_other_file_handed_on(rig: Rig) -> None:
+    rig.kernel.send(flush_of(2, INODE, HANDLE | 1))
+    assert rig.kernel.recv(1 << 20) == wire.error_reply(2, 0)
+    rig.new_server()
+    lower = 1 << 63 | 5
+    for unique, (inode, handle) in enumerate([(lower, 1 << 41), (5, 5 << 16 | 1), (INODE, 1 << 41)]):
+        other = flush_of(2 * unique + 4, inode, handle)
+        rig.kernel.send(other)
+        assert rig.handed_on(len(other)) == other
