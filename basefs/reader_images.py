@@ -20,6 +20,7 @@ from basefs.reader_layout import (
     TABLE,
     TABLE_BYTES,
     UNKNOWN,
+    VOLUME,
     ZEROS,
 )
 
@@ -44,6 +45,7 @@ class Image:
         self._serial = serial
         self._shift = shift
         self._fd = fds[0]
+        self.lease_fd = -1
         memories = [memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ)) for fd in fds[1:]]
         self._ready = memories[0] if memories else memoryview(b"")
         self._bits = cluster_bits
@@ -117,8 +119,10 @@ class Image:
         )
 
     def close(self) -> None:
-        """Give everything back: an image that was removed must not keep its place on the disk."""
+        """Give everything back: an image that was removed must not keep its place on the disk, a volume be detached."""
         os.close(self._fd)
+        if self.lease_fd >= 0:
+            os.close(self.lease_fd)
 
 
 class LowerFile:
@@ -171,14 +175,16 @@ class Images:
                 self.by_handle[inode] = LowerFile(fds.pop())
             elif kind == CLOSE:
                 self._close_file(inode)
-            elif kind == IMAGE and self._table is not None and fds:
+            elif kind in (IMAGE, VOLUME) and self._table is not None and len(fds) > (kind == VOLUME):
+                lease_fd = fds.pop(0) if kind == VOLUME else -1
                 self._forget(inode)
-                self.by_inode[inode] = Image(self._table, entry, serial, size, shift, fds, cluster_bits)
+                image = self.by_inode[inode] = Image(self._table, entry, serial, size, shift, fds, cluster_bits)
+                image.lease_fd = lease_fd
                 fds = []
             elif kind == SWEEP:
                 for revoked in [inode for inode, image in self.by_inode.items() if image.is_revoked]:
                     self._forget(revoked)
-            for fd in fds:
+            for fd in reversed(fds):  # a lease after its volume
                 os.close(fd)
 
     def new_server(self) -> None:

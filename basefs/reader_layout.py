@@ -39,10 +39,11 @@ ATTRIBUTES_BYTES = 104
 MESSAGE = struct.Struct("<IIQQQQQ")
 """Server to reader: kind, log2 of the chunk size, inode, word of the entry, serial, bytes shown, log2 of the size of
 a cluster (0: what is stored is shown as it is)."""
-TABLE, IMAGE, SWEEP, FILE, CLOSE = 1, 2, 3, 4, 5
+TABLE, IMAGE, SWEEP, FILE, CLOSE, VOLUME = 1, 2, 3, 4, 5, 6
 """With the table's fd; with the fds of an image's bytes, of its `ready` unless it is a whole file, and of its cluster
 map if it has clusters; close what was revoked; with the fd of an open lower file, whose handle is in the place of the
-inode; close that one. A handle on a lower file is never used again, so nobody reads through it once it was released."""
+inode; close that one; as IMAGE of a whole file, with a lease before the fd of the bytes, which is closed after it. A
+handle on a lower file is never used again, so nobody reads through it once it was released."""
 
 UNKNOWN, ZEROS = 0, 1
 """What the cluster map says of a cluster of the disk that is shown: ask the server; zeros. Any other word is where the

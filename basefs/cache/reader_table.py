@@ -42,6 +42,8 @@ class Share:
     map_fd: int = -1
     cluster_map: memoryview | None = None
     """Words of 8 bytes, one a cluster; see `reader_layout`."""
+    lease_fd: int = -1
+    """Of a volume: what a reader has open for as long as it has the volume open."""
 
 
 def new_table() -> int:

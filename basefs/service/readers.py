@@ -40,6 +40,7 @@ from basefs.reader_layout import (
     SLOT_BYTES,
     SWEEP,
     TABLE,
+    VOLUME,
 )
 
 log = logging.getLogger(__name__)
@@ -78,11 +79,12 @@ class ReaderLink:
     def tell_image(self, share: Share) -> None:
         """Let it serve the image; once is enough."""
         if self._told.get(share.number) != share.serial:
+            kind = IMAGE if share.lease_fd < 0 else VOLUME
             message = MESSAGE.pack(
-                IMAGE, share.chunk_shift, image_inode(share.number), share.entry, share.serial, share.size,
+                kind, share.chunk_shift, image_inode(share.number), share.entry, share.serial, share.size,
                 share.cluster_bits,
             )  # fmt: skip
-            fds = [fd for fd in (share.data_fd, share.ready_fd, share.map_fd) if fd >= 0]
+            fds = [fd for fd in (share.lease_fd, share.data_fd, share.ready_fd, share.map_fd) if fd >= 0]
             if self._send(message, fds):
                 self._told[share.number] = share.serial
 

@@ -33,6 +33,7 @@ from basefs.reader_layout import (
     SLOTS_BYTES,
     SWEEP,
     TABLE,
+    VOLUME,
 )
 
 HEADER = wire.IN_HEADER.size
@@ -358,6 +359,7 @@ def flush_of(unique: int, inode: int, handle: int) -> bytes:
 def test_attributes_are_told_as_the_table_has_them_with_and_without_a_server(rig: Rig) -> None:
     told = random.Random(2).randbytes(104)
     rig.kernel.send(getattr_of(2))  # nobody has told it where to look
+    rig.settle()
     rig.new_server()
     assert rig.kernel.recv(100) == struct.pack("<IiQ", 16, -4, 3)
     assert rig.handed_on(HEADER + 16) == getattr_of(2)
@@ -390,3 +392,28 @@ def test_the_close_of_an_image_is_answered_and_that_of_any_other_file_handed_on(
         other = flush_of(2 * unique + 4, inode, handle)
         rig.kernel.send(other)
         assert rig.handed_on(len(other)) == other
+
+
+def test_a_volume_is_closed_and_then_its_lease_once_it_is_revoked(rig: Rig) -> None:
+    rig.new_server()
+    path = rig.directory / "volume"
+    path.write_bytes(CONTENT)
+    entry = rig.table.list(7)
+    assert entry is not None
+    end, lease = os.pipe()
+    fd = os.open(path, os.O_RDONLY)
+    rig.tell(VOLUME, [lease, fd], entry)
+    os.close(fd)
+    os.close(lease)
+    rig.kernel.send(read_of(2, 20_000, 4096))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(2, 4096) + CONTENT[20_000:24_096]
+    assert not select.select([end], [], [], 0)[0]
+    entry.revoke()
+    rig.kernel.send(read_of(4, 0, 10))
+    assert rig.handed_on(len(read_of(4, 0, 10))) == read_of(4, 0, 10)
+    rig.tell(SWEEP, [])
+    assert os.read(end, 1) == b"", "nobody has the lease any more"
+    os.close(end)
+    status = path.stat()
+    open_now = {(found.st_dev, found.st_ino) for one in os.listdir("/proc/self/fd") if (found := _stat(int(one)))}
+    assert (status.st_dev, status.st_ino) not in open_now
