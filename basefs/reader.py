@@ -29,6 +29,7 @@ from basefs.reader_layout import (
     HIT_BYTES,
     HIT_BYTES_MAX,
     HITS,
+    KEPT,
     LAYOUT,
     PAGE,
     SLOT_BYTES,
@@ -240,6 +241,8 @@ class Reader:
         for at in set(self._held) - set(kept.values()):
             self._release(at, SLOT_BYTES)
         self._held = list(kept.values())
+        with contextlib.suppress(OSError):  # a new connection takes that much, unless it is cut already
+            self._server.send(KEPT.pack(len(self._held)), socket.MSG_DONTWAIT)
         self._hand_on()
 
     def _is_ours(self, at: int) -> bool:

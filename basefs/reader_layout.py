@@ -45,6 +45,10 @@ map if it has clusters; close what was revoked; with the fd of an open lower fil
 inode; close that one; as IMAGE of a whole file, with a lease before the fd of the bytes, which is closed after it. A
 handle on a lower file is never used again, so nobody reads through it once it was released."""
 
+KEPT = struct.Struct("<I")
+"""The first that a reader says on a connection: how many requests follow that were in its slots before it. One of them
+may have been handed on by its predecessor, none after them: what the kernel resends may have the same `unique`."""
+
 UNKNOWN, ZEROS = 0, 1
 """What the cluster map says of a cluster of the disk that is shown: ask the server; zeros. Any other word is where the
 cluster is in the image's bytes."""

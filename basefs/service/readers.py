@@ -4,7 +4,7 @@ Invariants:
 - A request that was handed on is answered here, on the reader's clone of /dev/fuse, whether the reader lives or not:
   the kernel knows it by that clone only.
 - It is begun once: a reader that was killed after it handed a request on, and before it noted that, has a successor
-  that hands the same one on again. That is the last one of the connection before.
+  that hands the same one on again. That is the last one of the connection before, and it comes from a slot.
 - A reader gets an image's fds only after a read of it was answered here.
 """
 
@@ -35,9 +35,11 @@ from basefs.reader_layout import (
     HIT_BYTES,
     HITS,
     IMAGE,
+    KEPT,
     MESSAGE,
     PAGE,
     SLOT_BYTES,
+    SLOTS,
     SWEEP,
     TABLE,
     VOLUME,
@@ -201,6 +203,8 @@ class Readers:
     async def _hear(self, link: ReaderLink, nursery: trio.Nursery, *, done_before: int) -> None:
         buffer = memoryview(bytearray(BUFFER_BYTES))
         filled = 0
+        kept = -1
+        """Requests to come that may have been handed on before; -1: it did not say yet."""
         while True:
             await trio.lowlevel.wait_readable(link.sock)
             try:
@@ -213,7 +217,9 @@ class Readers:
                 return  # What came of a last request in part is handed on by the successor as a whole.
             filled += received
             at = 0
-            while filled - at >= LENGTH_BYTES:
+            if kept < 0 and filled >= KEPT.size:
+                kept, at = _kept_of(link, buffer), KEPT.size
+            while kept >= 0 and filled - at >= LENGTH_BYTES:
                 length = int.from_bytes(buffer[at : at + LENGTH_BYTES], "little")
                 if not IN_HEADER.size <= length <= SLOT_BYTES:
                     raise errors.InternalError(f"reader {link.number} handed on a request of {length} bytes")
@@ -222,7 +228,9 @@ class Readers:
                 request = request_of(memoryview(bytes(buffer[at : at + length])))
                 at += length
                 link.last_unique = request.unique
-                if request.unique != done_before:
+                is_done = kept > 0 and request.unique == done_before
+                kept = max(0, kept - 1)
+                if not is_done:
                     await self.room.acquire()
                     nursery.start_soon(self._answer, link, request)
             buffer[: filled - at] = bytes(buffer[at:filled])
@@ -249,3 +257,10 @@ class Readers:
             share = await self._images.share(found[0], self._table, offset, size)
             if share is not None:
                 link.tell_image(share)
+
+
+def _kept_of(link: ReaderLink, buffer: memoryview) -> int:
+    (kept,) = KEPT.unpack_from(buffer)
+    if kept > SLOTS:
+        raise errors.InternalError(f"reader {link.number} has {kept} requests in {SLOTS} slots")
+    return int(kept)

@@ -28,6 +28,7 @@ from basefs.reader_layout import (
     HIT_BYTES,
     HITS,
     IMAGE,
+    KEPT,
     MESSAGE,
     SLOTS,
     SLOTS_BYTES,
@@ -85,6 +86,7 @@ class Rig:
         theirs.close()
         self.server = ours
         self.tell(TABLE, [self.table.fd])
+        (self.kept,) = KEPT.unpack(self.handed_on(KEPT.size))
 
     def tell(self, kind: int, fds: list[int], entry: Entry | None = None, *, inode: int = 0) -> None:
         assert self.server is not None
@@ -241,6 +243,7 @@ def test_a_successor_goes_on_with_what_was_taken_and_no_more_than_the_slots_hold
     successor = Rig(rig.directory, rig.slots_fd)
     try:
         successor.new_server()
+        assert successor.kept == SLOTS
         length = len(lookup_of(2))
         uniques = {int.from_bytes(successor.handed_on(length)[8:16], "little") for _ in range(SLOTS)}
         assert uniques == {2 * number + 2 for number in range(SLOTS)}
