@@ -1,4 +1,4 @@
-"""A reader: answers reads of what is here by itself, and hands every other request to the server. Stdlib only.
+"""A reader: answers reads of what is here and attributes of images, hands on every other request. Stdlib only.
 
 `python -m basefs.reader JSON` with the number of the keeper's socket; over that come a clone of /dev/fuse and slots.
 
@@ -9,6 +9,7 @@ Invariants:
 - A read is answered only if table and `ready` say so before and after the bytes were read, with one generation.
 - A read of compressed clusters is put off until what else is there was dealt with, for it takes 20 times as long as
   another; one such read is done between two looks at `/dev/fuse`, and beyond PUT_OFF_MAX they are handed on.
+- Attributes are answered as the last server that could change them told them; it tells them before it answers a change.
 - Requests that are kept while there is no server go to the next one, but for those that the kernel resends to it.
 """
 
@@ -26,7 +27,19 @@ from typing import NoReturn
 
 from basefs import reader_inflate
 from basefs.reader_images import Image, Images, LowerFile
-from basefs.reader_layout import FORWARDED, HIT_BYTES, HIT_BYTES_MAX, HITS, LAYOUT, PAGE, SLOT_BYTES, SLOTS, SLOTS_BYTES
+from basefs.reader_layout import (
+    ATTRIBUTES,
+    FORWARDED,
+    HIT_BYTES,
+    HIT_BYTES_MAX,
+    HITS,
+    KEPT,
+    LAYOUT,
+    PAGE,
+    SLOT_BYTES,
+    SLOTS,
+    SLOTS_BYTES,
+)
 
 _HEAD = struct.Struct("<IIQ")
 """Of a request: length, opcode, unique."""
@@ -34,7 +47,8 @@ _READ_IN = struct.Struct("<QQI")
 """Of a read: handle, offset, size."""
 _READ_AT = 40
 _REPLY = struct.Struct("<IiQ")
-_READ, _INTERRUPT, _FORGETS = 15, 36, (2, 42)
+_GETATTR, _READ, _FLUSH, _INTERRUPT, _FORGETS = 3, 15, 25, 36, (2, 42)
+_INODE_AT = 16
 BURST = 32
 """Requests that are answered between two looks at the sockets."""
 PUT_OFF_MAX = 4
@@ -141,6 +155,11 @@ class Reader:
                 if image is not None and len(put_off) < PUT_OFF_MAX and _is_packed(image, offset, size):
                     put_off.append(free.pop())
                     continue
+            elif (opcode == _GETATTR and self._attributes(slot, unique)) or (
+                opcode == _FLUSH and self._flush(slot, unique)
+            ):
+                self._uniques[at][0] = 0
+                continue
             free.pop()
             if opcode == _INTERRUPT:
                 self._release(at, length)
@@ -160,10 +179,7 @@ class Reader:
         target = self._answer[PAGE : PAGE + size]
         if not image.read_into(target, offset, end):
             return False
-        _REPLY.pack_into(self._answer, 0, _REPLY.size + size, 0, unique)
-        # ENOENT: withdrawn, or handed out again. Any other error has ended the request in the kernel.
-        with contextlib.suppress(OSError):
-            os.writev(self._clone, [self._answer[: _REPLY.size], target])
+        self._reply(unique, target)
         counters = self._counters
         counters[HITS] += 1
         counters[HIT_BYTES] += size
@@ -185,6 +201,33 @@ class Reader:
         else:
             self._held.append(at)
             self._hand_on()
+
+    def _attributes(self, slot: memoryview, unique: int) -> bool:
+        """Answer what the server, while there is one, or the last one would say of an image's attributes."""
+        cells = self._images.cells
+        attributes = None if cells is None else cells.get(int.from_bytes(slot[_INODE_AT : _INODE_AT + 8], "little"))
+        if attributes is None:
+            return False
+        self._reply(unique, attributes)
+        self._counters[ATTRIBUTES] += 1
+        return True
+
+    def _flush(self, slot: memoryview, unique: int) -> bool:
+        """Answer the close(2) of an image, which changes nothing: its RELEASE does, and is the server's.
+
+        Only an image's handle, without its lowest bit, is its inode (core/inodes.py).
+        """
+        inode, handle = (int.from_bytes(slot[at : at + 8], "little") for at in (_INODE_AT, _READ_AT))
+        if handle >> 1 != inode:
+            return False
+        self._reply(unique, b"")
+        return True
+
+    def _reply(self, unique: int, body: bytes | memoryview) -> None:
+        _REPLY.pack_into(self._answer, 0, _REPLY.size + len(body), 0, unique)
+        # ENOENT: withdrawn, or handed out again. Any other error has ended the request in the kernel.
+        with contextlib.suppress(OSError):
+            os.writev(self._clone, [self._answer[: _REPLY.size], body])
 
     def _release(self, at: int, length: int) -> None:
         self._uniques[at][0] = 0
@@ -238,6 +281,8 @@ class Reader:
         for at in set(self._held) - set(kept.values()):
             self._release(at, SLOT_BYTES)
         self._held = list(kept.values())
+        with contextlib.suppress(OSError):  # a new connection takes that much, unless it is cut already
+            self._server.send(KEPT.pack(len(self._held)), socket.MSG_DONTWAIT)
         self._hand_on()
 
     def _is_ours(self, at: int) -> bool:

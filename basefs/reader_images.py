@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from basefs.reader_attributes import AttributeCells
 from basefs.reader_inflate import Inflater
 from basefs.reader_layout import (
     CLOSE,
@@ -22,6 +23,7 @@ from basefs.reader_layout import (
     TABLE,
     TABLE_BYTES,
     UNKNOWN,
+    VOLUME,
     ZEROS,
     packed_place,
 )
@@ -58,6 +60,7 @@ class Image:
         self._serial = serial
         self._shift = shift
         self._fd = fds[0]
+        self.lease_fd = -1
         memories = [memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ)) for fd in fds[1:]]
         self._ready = memories[0] if memories else memoryview(b"")
         self._bits = cluster_bits
@@ -185,9 +188,11 @@ class Image:
         )
 
     def close(self) -> None:
-        """Give everything back: an image that was removed must not keep its place on the disk."""
+        """Give everything back: an image that was removed must not keep its place on the disk, a volume be detached."""
         self._inflater.forget(self._serial)
         os.close(self._fd)
+        if self.lease_fd >= 0:
+            os.close(self.lease_fd)
 
 
 class LowerFile:
@@ -221,6 +226,8 @@ class Images:
         self.by_inode: dict[int, Image] = {}
         self.by_handle: dict[int, LowerFile] = {}
         self._inflater = Inflater()
+        self.cells: AttributeCells | None = None
+        """What the table says of attributes; None while there is no table."""
         self._table: memoryview | None = None
         self._table_id = (-1, -1)
 
@@ -243,14 +250,17 @@ class Images:
                 self.by_handle[inode] = LowerFile(fds.pop())
             elif kind == CLOSE:
                 self._close_file(inode)
-            elif kind == IMAGE and self._table is not None and fds:
+            elif kind in (IMAGE, VOLUME) and self._table is not None and len(fds) > (kind == VOLUME):
+                lease_fd = fds.pop(0) if kind == VOLUME else -1
                 self._forget(inode)
-                self.by_inode[inode] = Image(self._table, entry, serial, size, shift, fds, cluster_bits, self._inflater)
+                image = Image(self._table, entry, serial, size, shift, fds, cluster_bits, self._inflater)
+                image.lease_fd = lease_fd
+                self.by_inode[inode] = image
                 fds = []
             elif kind == SWEEP:
                 for revoked in [inode for inode, image in self.by_inode.items() if image.is_revoked]:
                     self._forget(revoked)
-            for fd in fds:
+            for fd in reversed(fds):  # a lease after its volume
                 os.close(fd)
 
     def new_server(self) -> None:
@@ -271,6 +281,7 @@ class Images:
                 self._forget(inode)
             self._table_id = (status.st_dev, status.st_ino)
             self._table = memoryview(mmap.mmap(fd, TABLE_BYTES, prot=mmap.PROT_READ)).cast("Q")
+            self.cells = AttributeCells(self._table)
         os.close(fd)
 
     def _forget(self, inode: int) -> None:

@@ -7,7 +7,7 @@ reader came. The next reader on the same clone of /dev/fuse goes on with it.
 **Table** (a memfd for all readers, made by the first server, left with the keeper): one entry an image that readers
 may serve, of four words: image number (0: free), serial, generation, nothing. An entry says yes as long as it has the
 serial that the reader was told. The generation grows after something that was ready is not ready any more, and before
-its bytes change.
+its bytes change. Behind the entries are cells with what readers answer to GETATTR of an image.
 """
 
 import struct
@@ -20,21 +20,34 @@ SLOTS = 64
 SLOT_BYTES = (1 << 20) + 4 * PAGE
 """The largest request: a write of 1 MiB (FUSE_MAX_MAX_PAGES of libfuse) and its headers."""
 SLOTS_BYTES = PAGE + SLOTS * SLOT_BYTES
-HITS, HIT_BYTES, FORWARDED, TABLE_WORDS = 0, 1, 2, 4
+HITS, HIT_BYTES, FORWARDED, ATTRIBUTES, TABLE_WORDS = 0, 1, 2, 3, 4
 """The counters' words, which only the reader writes, and the words of an entry of the table."""
 
 TABLE_HEADER_WORDS = 8
 TABLE_ENTRIES = 16_384
-TABLE_BYTES = 8 * (TABLE_HEADER_WORDS + TABLE_ENTRIES * TABLE_WORDS)
 NUMBER, SERIAL, GENERATION = range(3)
+
+CELLS = 4096
+CELL_BYTES = 128
+CELLS_AT = (8 * (TABLE_HEADER_WORDS + TABLE_ENTRIES * TABLE_WORDS) + PAGE - 1) // PAGE * PAGE
+TABLE_BYTES = CELLS_AT + CELLS * CELL_BYTES
+CELL = struct.Struct("<Q104sI")
+"""An image's inode (0: nothing), the `fuse_attr_out`, and the CRC-32 of both. An image's cell is the one at its inode
+modulo CELLS: of two images with the same one the server answers for that which was asked about longer ago."""
+ATTRIBUTES_BYTES = 104
 
 MESSAGE = struct.Struct("<IIQQQQQ")
 """Server to reader: kind, log2 of the chunk size, inode, word of the entry, serial, bytes shown, log2 of the size of
 a cluster (0: what is stored is shown as it is)."""
-TABLE, IMAGE, SWEEP, FILE, CLOSE = 1, 2, 3, 4, 5
+TABLE, IMAGE, SWEEP, FILE, CLOSE, VOLUME = 1, 2, 3, 4, 5, 6
 """With the table's fd; with the fds of an image's bytes, of its `ready` unless it is a whole file, and of its cluster
 map if it has clusters; close what was revoked; with the fd of an open lower file, whose handle is in the place of the
-inode; close that one. A handle on a lower file is never used again, so nobody reads through it once it was released."""
+inode; close that one; as IMAGE of a whole file, with a lease before the fd of the bytes, which is closed after it. A
+handle on a lower file is never used again, so nobody reads through it once it was released."""
+
+KEPT = struct.Struct("<I")
+"""The first that a reader says on a connection: how many requests follow that were in its slots before it. One of them
+may have been handed on by its predecessor, none after them: what the kernel resends may have the same `unique`."""
 
 UNKNOWN, ZEROS, PACKED = 0, 1, 1 << 63
 """What the cluster map says of a cluster of the disk that is shown: ask the server; zeros; or with PACKED, where its

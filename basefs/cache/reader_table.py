@@ -22,7 +22,7 @@ from basefs.reader_layout import (
 
 KEY = "readers"
 """Under which the table is left with the keeper."""
-MAGIC = 0x0BA5EF50_00000001
+MAGIC = 0x0BA5EF50_00000002
 """With the version."""
 _MAGIC, _LAST_SERIAL = 0, 1
 
@@ -42,6 +42,8 @@ class Share:
     map_fd: int = -1
     cluster_map: memoryview | None = None
     """Words of 8 bytes, one a cluster; see `reader_layout`."""
+    lease_fd: int = -1
+    """Of a volume: what a reader has open for as long as it has the volume open."""
 
 
 def new_table() -> int:

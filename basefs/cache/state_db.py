@@ -70,6 +70,8 @@ class StateDatabase:
         self._changing = trio.Lock()
         self._dirty: dict[int, ImageEntry] = {}
         self._is_dirty = trio.Event()
+        self.touched: Callable[[ImageEntry], None] = _nothing
+        """Called in the step in which an entry is noted to have changed."""
         self._changed = trio.Event()
         self._changed.set()
         self._is_behind = False
@@ -155,6 +157,7 @@ class StateDatabase:
         """See `CatalogStore`."""
         self._dirty[entry.number] = entry
         self._is_dirty.set()
+        self.touched(entry)
 
     async def stored(self, entry: ImageEntry) -> None:
         """Return when what changed of the entry's verdict or local state outlives this server; see `flush`."""
@@ -278,3 +281,7 @@ def _record_text(record: ImageRecord) -> str:
 
 def _generation(db: sqlite3.Connection) -> int:
     return state_rows.read_value(db, GENERATION, 0)
+
+
+def _nothing(_entry: ImageEntry) -> None:
+    """Nobody wants to know."""

@@ -200,11 +200,12 @@ class CatalogRefresher:
             return
         was_refused = entry.verdict.state == "refused"
         is_checked_again = was_refused and record.status != entry.record.status
-        if not is_same_content(entry.record, record) or is_checked_again:
+        is_other = not is_same_content(entry.record, record) or is_checked_again
+        entry.record = record  # before anybody is told of a change: its size is the record's
+        if is_other:
             entry.verdict = UNCHECKED
             entry.local.whole = "unknown"  # also of one that is quarantined: it may have been mended
             self._store.touch(entry)
-        entry.record = record
         self._set_gone(entry, is_gone=False)
 
     def _set_gone(self, entry: ImageEntry, *, is_gone: bool) -> None:

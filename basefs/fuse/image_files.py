@@ -24,9 +24,11 @@ from basefs.core.inodes import image_handle, image_inode, image_of_handle
 from basefs.core.names import is_base_name
 from basefs.fuse.attributes import BLOCK_BYTES, new_attributes
 from basefs.fuse.open_table import OpenTable
+from basefs.fuse.told_attributes import ToldAttributes
 from basefs.handlers.base import Patience, TemplateImageHandler
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.report import image_state, link_report
+from basefs.reader_attributes import AttributeCells
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,12 @@ class ImageFiles:
         opens: OpenTable,
         *,
         stored: Callable[[ImageEntry], Awaitable[None]],
+        cells: AttributeCells | None = None,
     ) -> None:
-        """`stored(entry)` returns when what changed of the entry outlives this server; removals run in `nursery`."""
+        """`stored(entry)` returns when what changed of the entry outlives this server; removals run in `nursery`.
+
+        `cells`: what readers tell the kernel of images' attributes; None where there are no readers.
+        """
         self._catalog = catalog
         self._gate = gate
         self._handler = handler
@@ -72,6 +78,7 @@ class ImageFiles:
         self._stored = stored
         handler.restore_opens(opens.all_handles())
         self.hits: dict[int, Hit] = {}
+        self.told = ToldAttributes(cells, self.attributes)
 
     # --- names and attributes ---------------------------------------------------------------------------
 
@@ -231,6 +238,7 @@ class ImageFiles:
             self._handler.opened(entry, image)
         handle = image_handle(entry.number, is_guest=is_guest)
         self.hits[handle] = image.hit
+        self.told.tell(entry)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
     def _is_guest(self, ctx: pyfuse3.RequestContext) -> bool:

@@ -225,7 +225,7 @@ class Operations(pyfuse3.Operations):
         self.requests["getattr"] += 1
         number = inodes.image_number_of(inode)
         if number is not None:
-            return self._images.attributes(self._images.entry_of(number))
+            return self._images.told.tell(self._images.entry_of(number))
         if self._virtual.owns(inode):
             return self._virtual.attributes(inode)
         return await self._lower.getattr(inode)

@@ -18,6 +18,7 @@ from basefs import errors
 from basefs.cache.fetch_services import FetchServices
 from basefs.cache.image_fetcher import ImageFetcher
 from basefs.cache.image_map import ImageCells
+from basefs.cache.reader_table import ReaderTable
 from basefs.cache.warmer import Warmer
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.single_flight import SingleFlight
@@ -57,6 +58,11 @@ class DownloadingTemplateImageHandler(TemplateImageHandler):
         """Whether an image that is opened will soon be read from elsewhere; the links', once there are some."""
         self.uses_changed: Callable[[], None] = lambda: None
         """Called when an image is opened, closed, or wanted; the hydrator's, once there is one."""
+
+    @property
+    def reader_table(self) -> ReaderTable | None:
+        """Where readers look what they may serve; None where there are none."""
+        return self._services.reader_table
 
     async def init(self) -> None:
         """Make the chunk directory.

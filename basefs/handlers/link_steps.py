@@ -20,6 +20,7 @@ from basefs.core.escrow import Escrow
 from basefs.core.link_record import LinkRecord
 from basefs.handlers.comparing import Comparison
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.handlers.lending import VolumeLeases
 from basefs.handlers.link import Link, LinkCounters, LinkSettings
 from basefs.handlers.linked import LinkedImage, VolumeSource
 from basefs.observability import ConditionLog
@@ -66,6 +67,7 @@ class LinkSteps:
         self._comparison = Comparison(downloading, settings.view)
         self._told = ConditionLog(log, clock=trio.current_time)
         self.counters = LinkCounters()
+        self.leases = VolumeLeases(downloading.reader_table, escrow)
 
     def ask_before_replays(self, expects_volume: Callable[[ImageEntry], bool]) -> None:
         """Have no boot trace replayed at the open of an image for which that is so, unless it is not linked then."""
@@ -138,7 +140,9 @@ class LinkSteps:
             os.close(fd)
             self._attach_failed(link, str(exc))
             return
-        self._serve(link, self._source(link, attached))
+        source = self._source(link, attached)
+        source.lend(await self.leases.lend(link.entry.number))
+        self._serve(link, source)
 
     def _told_linked(self, link: Link, took_s: float) -> None:
         record = link.record
@@ -167,6 +171,7 @@ class LinkSteps:
         link.source = source = self._source(link, attached)
         await self._comparison.check(link.entry, source, attached.bytes.size, what="its volume")
         await self._hold(link.entry, attached)
+        source.lend(await self.leases.lend(link.entry.number))
         self._serve(link, source)
 
     def _serve(self, link: Link, source: VolumeSource) -> None:
@@ -212,6 +217,7 @@ class LinkSteps:
             link.set("detaching", link.reason)
         await self._escrow.drop(f"{FD_PREFIX}{entry.number}")
         try:
+            await self.leases.take_back(entry.number)
             async with self._detach_turns:
                 with trio.fail_after(self._settings.attach_deadline_s):
                     await self.volumes.detach(record, link.connection_fd, self._note_of(link))

@@ -1,6 +1,7 @@
 """Images that are read from an attached volume; what that does not give is read through Glance, in the same read.
 
-Invariants: once `stop` was called no read begins in the volume; it is closed when no thread is inside.
+Invariants: once `stop` was called no read begins in the volume; it is closed when no thread is inside, and detached
+when no reader process has it open, either (`lending`).
 A read that hangs in the volume is left behind in its thread, VOLUME_THREADS_MAX of them an image: then, as after an
 error, the image is told to be broken, and new reads do not begin there. Owned by the trio loop.
 """
@@ -14,9 +15,10 @@ from basefs.cache.reader_table import ReaderTable, Share
 from basefs.catalog.records import ImageEntry
 from basefs.concurrency.threads import BlockingCalls
 from basefs.handlers.base import Patience, PreparedImage
+from basefs.handlers.lending import Lending
 from basefs.handlers.viewed import ViewedImage
 from basefs.views.choice import Views
-from basefs.views.stored import ByteSource
+from basefs.views.stored import ByteSource, StoredView
 from basefs.volumes.base import VolumeBytes
 
 HANG_S = 5.0
@@ -24,6 +26,7 @@ HANG_S = 5.0
 what a reader with the default `other_io_deadline_s` waits is left for Glance."""
 VOLUME_THREADS_MAX = 8
 """Cold reads of one volume at a time, and threads that may hang in it."""
+_PROBE_BYTES = 4096
 
 _closing = BlockingCalls("volumes' end", threads_max=4)
 
@@ -46,6 +49,7 @@ class VolumeSource:
         self._threads = BlockingCalls(f"volume of {entry.image_id}", threads_max=VOLUME_THREADS_MAX)
         self._read_now: Callable[[list[memoryview], int], bool] = opened.read_now
         self._is_stopped = False
+        self._lending: Lending | None = None
         self._answered_at = trio.current_time()
         self.hit: Callable[[int, int], memoryview | bytes | None] = self._hit
         self.hit_into: Callable[[int, memoryview], bool] = self._hit_into
@@ -95,10 +99,29 @@ class VolumeSource:
         self._answered_at = trio.current_time()
         return data
 
+    def lend(self, lending: Lending | None) -> None:
+        """Let readers answer what is in memory, too; to be called when the volume was compared and is in escrow."""
+        self._lending = lending
+
+    def share(self, offset: int, size: int) -> Share | None:
+        """See `PreparedImage.share`, for what shows the stored bytes."""
+        fd = self._opened.fd_to_hold()
+        if self._lending is None or self._is_stopped or fd is None:
+            return None
+        # What cannot say that it is in memory (NFS, librbd) would be handed on, and cost a call more each time.
+        if not self._lending.is_lent and self._hit(offset, min(size, _PROBE_BYTES)) is None:
+            return None
+        return self._lending.share(fd, self.size)
+
     def stop(self) -> None:
-        """Begin no read in the volume any more: they go the other way from here."""
+        """Begin no read in the volume any more: they go the other way from here.
+
+        A reader that is at one throws away what it reads; `VolumeLeases` knows when none has the volume open.
+        """
         self._is_stopped = True
         self._read_now = _nothing
+        if self._lending is not None:
+            self._lending.revoke()
 
     async def close(self) -> None:
         """Stop, and give the volume back once no thread is inside, which takes as long as one hangs there."""
@@ -113,6 +136,10 @@ class LinkedImage(ViewedImage):
     def __init__(self, entry: ImageEntry, source: VolumeSource, views: Views) -> None:
         super().__init__(views.of(entry, source))
         self.source = source
+
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002 (the lending has it)
+        """See `PreparedImage.share`. A disk in a qcow2 is the server's."""
+        return self.source.share(offset, size) if isinstance(self._view, StoredView) else None
 
 
 class ReopeningImage:

@@ -16,6 +16,7 @@ from basefs.concurrency.guarded import guarded
 from basefs.core.escrow import Escrow, HeldFd
 from basefs.core.retry import backoff_s
 from basefs.handlers.base import LinkReport, LinkState
+from basefs.handlers.lending import LEASE_PREFIX
 from basefs.handlers.link import Link, LinkSettings
 from basefs.handlers.link_steps import CONNECTION_PREFIX, FD_PREFIX, LinkSteps
 from basefs.handlers.link_tasks import AT_HAND_AGAIN_S, SEE_WAIT_S, LinkTasks
@@ -194,7 +195,10 @@ class Links:
 
         Images that are open and were not linked yet begin to be.
         """
-        fds = {one.key: one.fd for one in held}
+        leases = [one for one in held if one.key.startswith(LEASE_PREFIX)]
+        fds = {one.key: one.fd for one in held if one not in leases}
+        noted = {entry.number for entry in self._entries() if entry.local.link is not None}
+        await self.steps.leases.restore(leases, noted)
         self._reopen_until = trio.current_time() + REOPEN_WAIT_S
         for entry in list(self._entries()):
             if entry.local.link is None:

@@ -24,6 +24,7 @@ from basefs.core.location_kinds import kind_of
 from basefs.core.retry import backoff_s
 from basefs.handlers.comparing import Comparison
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.handlers.lending import Lending
 from basefs.handlers.linked import LinkedImage, VolumeSource
 from basefs.handlers.uses import ImageUses
 from basefs.observability import ConditionLog
@@ -159,6 +160,8 @@ class PlacedImages:
         for one in held:
             entry = by_key.get(one.key)
             if entry is None or self._forbidden(entry) is not None or os.fstat(one.fd).st_size < entry.size:
+                if self._downloading.reader_table is not None:
+                    self._downloading.reader_table.revoke_inherited(int(one.key.removeprefix(PREFIX)))
                 os.close(one.fd)
                 await self._escrow.drop(one.key)
                 continue
@@ -271,6 +274,10 @@ class PlacedImages:
         return VolumeSource(place.entry, opened, otherwise, partial(self._broke, place))
 
     def _serve(self, place: _Place, source: VolumeSource) -> None:
+        table = self._downloading.reader_table
+        if table is not None:
+            # Without a lease: nothing is detached, and whoever removes the file waits for nobody.
+            source.lend(Lending(place.entry.number, table))
         place.source, place.image = source, LinkedImage(place.entry, source, self._views)
         place.set("in place")
 

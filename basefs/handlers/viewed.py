@@ -20,7 +20,7 @@ class ViewedImage:
         """See `PreparedImage.size`."""
         return self._view.size
 
-    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002 (a linked image has none)
+    def share(self, table: ReaderTable, offset: int, size: int) -> Share | None:  # noqa: ARG002 (see those that have some)
         """See `PreparedImage.share`."""
         return None
 

@@ -11,6 +11,7 @@ from basefs.catalog.records import ImageEntry
 from basefs.config import Settings
 from basefs.core.escrow import HeldFd
 from basefs.handlers.base import TemplateImageHandler
+from basefs.handlers.lending import LEASE_PREFIX
 from basefs.handlers.link import LinkSettings
 from basefs.handlers.link_steps import CONNECTION_PREFIX, FD_PREFIX, LinkSteps
 from basefs.handlers.links import Links
@@ -118,7 +119,7 @@ def build_linking(
     Raises:
         ConfigError: `[cinder]` is not usable.
     """
-    held = [*channel.take(FD_PREFIX), *channel.take(CONNECTION_PREFIX)]
+    held = [one for prefix in (FD_PREFIX, CONNECTION_PREFIX, LEASE_PREFIX) for one in channel.take(prefix)]
     is_on = settings.template_image_handler != "downloading" and "volume" in settings.source_order
     if not is_on and not held and not any(entry.local.link for entry in catalog.entries()):
         return Linking(handler, None, held, nursery)

@@ -134,6 +134,7 @@ class Metrics:
         by_readers = parts.readers.counts()
         yield "basefs_readers", (), by_readers["readers"]
         yield "basefs_reader_hits_total", (), by_readers["hits"]
+        yield "basefs_reader_attributes_total", (), by_readers["attributes"]
         yield "basefs_reader_forwarded_total", (), by_readers["forwarded"]
         for level in ("warning", "error", "critical"):
             yield "basefs_log_records_total", (level,), parts.records.counts[level]

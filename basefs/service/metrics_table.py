@@ -28,6 +28,7 @@ _SERVER = (
     Metric("basefs_keeper_connected", "gauge", "1 while the keeper, which starts the next server, lives."),
     Metric("basefs_readers", "gauge", "Processes that answer reads of cached images by themselves."),
     Metric("basefs_reader_hits_total", "counter", "Reads that they answered; counted in basefs_cache_hits_total, too."),
+    Metric("basefs_reader_attributes_total", "counter", "Times that they told the attributes of an image."),
     Metric("basefs_reader_forwarded_total", "counter", "Requests that they handed on to the server."),
     Metric("basefs_log_records_total", "counter", "Records of basefs of WARNING and above.", ("level",)),
     Metric("basefs_log_records_lost_total", "counter", "Records that the log did not take."),

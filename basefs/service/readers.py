@@ -4,7 +4,7 @@ Invariants:
 - A request that was handed on is answered here, on the reader's clone of /dev/fuse, whether the reader lives or not:
   the kernel knows it by that clone only.
 - It is begun once: a reader that was killed after it handed a request on, and before it noted that, has a successor
-  that hands the same one on again. That is the last one of the connection before.
+  that hands the same one on again. That is the last one of the connection before, and it comes from a slot.
 - A reader gets an image's fds only after a read of it was answered here.
 """
 
@@ -28,23 +28,28 @@ from basefs.fuse.lower import LowerTree
 from basefs.fuse.operations import Operations
 from basefs.fuse.request_loop import reply
 from basefs.reader_layout import (
+    ATTRIBUTES,
     CLOSE,
     FILE,
     FORWARDED,
     HIT_BYTES,
     HITS,
     IMAGE,
+    KEPT,
     MESSAGE,
     PAGE,
     SLOT_BYTES,
+    SLOTS,
     SWEEP,
     TABLE,
+    VOLUME,
 )
 
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 2 * SLOT_BYTES
 LENGTH_BYTES = 4
+_COUNTED = (HITS, HIT_BYTES, FORWARDED, ATTRIBUTES)
 
 
 class ReaderLink:
@@ -58,15 +63,15 @@ class ReaderLink:
         self.ended = trio.Event()
         self._counters = memoryview(mmap.mmap(slots_fd, PAGE, prot=mmap.PROT_READ)).cast("Q")
         os.close(slots_fd)
-        self._begun_with = [self._counters[word] for word in (HITS, HIT_BYTES, FORWARDED)]
+        self._begun_with = [self._counters[word] for word in _COUNTED]
         self._told: dict[int, int] = {}
         self._files: set[int] = set()
         self._due: deque[bytes] = deque()
         """What the socket did not take yet; sent with the next ones."""
 
     def counts(self) -> list[int]:
-        """Hits, their bytes, and requests handed on, since it was connected to this server."""
-        now = [self._counters[word] for word in (HITS, HIT_BYTES, FORWARDED)]
+        """Hits, their bytes, requests handed on and attributes told, since it was connected to this server."""
+        now = [self._counters[word] for word in _COUNTED]
         return [count - before for count, before in zip(now, self._begun_with, strict=True)]
 
     def tell_table(self, table: ReaderTable) -> None:
@@ -76,11 +81,12 @@ class ReaderLink:
     def tell_image(self, share: Share) -> None:
         """Let it serve the image; once is enough."""
         if self._told.get(share.number) != share.serial:
+            kind = IMAGE if share.lease_fd < 0 else VOLUME
             message = MESSAGE.pack(
-                IMAGE, share.chunk_shift, image_inode(share.number), share.entry, share.serial, share.size,
+                kind, share.chunk_shift, image_inode(share.number), share.entry, share.serial, share.size,
                 share.cluster_bits,
             )  # fmt: skip
-            fds = [fd for fd in (share.data_fd, share.ready_fd, share.map_fd) if fd >= 0]
+            fds = [fd for fd in (share.lease_fd, share.data_fd, share.ready_fd, share.map_fd) if fd >= 0]
             if self._send(message, fds):
                 self._told[share.number] = share.serial
 
@@ -135,7 +141,7 @@ class Readers:
         self._links: dict[int, ReaderLink] = {}
         self._clones: dict[int, int] = {}
         self._last_uniques: dict[int, int] = {}
-        self._ended_counts = [0, 0, 0]
+        self._ended_counts = [0] * len(_COUNTED)
         table.revoked = self._sweep
         lower.when_released(self._released)
 
@@ -161,10 +167,13 @@ class Readers:
                 nursery.start_soon(self._serve, link, nursery)
 
     def counts(self) -> dict[str, int]:
-        """What readers did since this server began: `hits`, `hit_bytes`, `forwarded`; how many there are: `readers`."""
+        """What readers did since this server began: `hits`, `hit_bytes`, `forwarded`, `attributes`; and `readers`."""
         each = [self._ended_counts, *(link.counts() for link in self._links.values())]
-        hits, hit_bytes, handed_on = (sum(column) for column in zip(*each, strict=True))
-        return {"readers": len(self._links), "hits": hits, "hit_bytes": hit_bytes, "forwarded": handed_on}
+        sums = [sum(column) for column in zip(*each, strict=True)]
+        return {
+            "readers": len(self._links),
+            **dict(zip(("hits", "hit_bytes", "forwarded", "attributes"), sums, strict=True)),
+        }
 
     def _released(self, handle: int) -> None:
         for link in self._links.values():
@@ -194,6 +203,8 @@ class Readers:
     async def _hear(self, link: ReaderLink, nursery: trio.Nursery, *, done_before: int) -> None:
         buffer = memoryview(bytearray(BUFFER_BYTES))
         filled = 0
+        kept = -1
+        """Requests to come that may have been handed on before; -1: it did not say yet."""
         while True:
             await trio.lowlevel.wait_readable(link.sock)
             try:
@@ -206,7 +217,9 @@ class Readers:
                 return  # What came of a last request in part is handed on by the successor as a whole.
             filled += received
             at = 0
-            while filled - at >= LENGTH_BYTES:
+            if kept < 0 and filled >= KEPT.size:
+                kept, at = _kept_of(link, buffer), KEPT.size
+            while kept >= 0 and filled - at >= LENGTH_BYTES:
                 length = int.from_bytes(buffer[at : at + LENGTH_BYTES], "little")
                 if not IN_HEADER.size <= length <= SLOT_BYTES:
                     raise errors.InternalError(f"reader {link.number} handed on a request of {length} bytes")
@@ -215,7 +228,9 @@ class Readers:
                 request = request_of(memoryview(bytes(buffer[at : at + length])))
                 at += length
                 link.last_unique = request.unique
-                if request.unique != done_before:
+                is_done = kept > 0 and request.unique == done_before
+                kept = max(0, kept - 1)
+                if not is_done:
                     await self.room.acquire()
                     nursery.start_soon(self._answer, link, request)
             buffer[: filled - at] = bytes(buffer[at:filled])
@@ -242,3 +257,10 @@ class Readers:
             share = await self._images.share(found[0], self._table, offset, size)
             if share is not None:
                 link.tell_image(share)
+
+
+def _kept_of(link: ReaderLink, buffer: memoryview) -> int:
+    (kept,) = KEPT.unpack_from(buffer)
+    if kept > SLOTS:
+        raise errors.InternalError(f"reader {link.number} has {kept} requests in {SLOTS} slots")
+    return int(kept)

@@ -40,6 +40,7 @@ from basefs.fuse.virtual_tree import VirtualTree
 from basefs.handlers.base import Patience
 from basefs.handlers.gate import ServableGate
 from basefs.handlers.links import END_LIMIT_S as LINKS_END_LIMIT_S
+from basefs.reader_attributes import AttributeCells
 from basefs.service import last_config
 from basefs.service.arguments import Arguments, option_texts, with_fixed
 from basefs.service.cache_parts import STREAMS_MAX, build_cache
@@ -176,9 +177,20 @@ class Service:
             linking=linking,
         )
         opens = await open_open_table(self._channel)
+        # Places of readers that an earlier server wanted may still have some, for a moment.
+        is_shared = settings.readers > 0 or int(self._channel.begun.get("reader_places", 0)) > 0
         images = ImageFiles(
-            catalog, gate, linking.handler, self._file_settings(), nursery, opens, stored=database.stored
+            catalog,
+            gate,
+            linking.handler,
+            self._file_settings(),
+            nursery,
+            opens,
+            stored=database.stored,
+            cells=AttributeCells(reader_table.words) if is_shared else None,
         )
+        images.told.take_over(catalog.by_number)
+        database.touched = images.told.changed
         await sourcing.begin()
         await linking.begin()
         nursery.start_soon(images.remove_left_over)
@@ -205,8 +217,6 @@ class Service:
         readers = Readers(
             view.operations, images, lower, reader_table, requests_max=settings.max_background + SYNCHRONOUS_MAX
         )
-        # Places of readers that an earlier server wanted may still have some, for a moment.
-        is_shared = settings.readers > 0 or int(self._channel.begun.get("reader_places", 0)) > 0
         metrics = Metrics(
             MetricsParts(
                 catalog=catalog,

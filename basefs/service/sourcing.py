@@ -77,6 +77,8 @@ class Sourcing:
         self._held = channel.take(PLACED_PREFIX)
         if not options.directories or "file" not in self._settings.source_order:
             for one in self._held:
+                if cache.handler.reader_table is not None:
+                    cache.handler.reader_table.revoke_inherited(int(one.key.removeprefix(PLACED_PREFIX)))
                 os.close(one.fd)
                 await channel.drop(one.key)
             return cache.handler

@@ -236,6 +236,7 @@ class View:
         if not handles:
             entry.local.used_at_ns = entry.local.mtime_ns = entry.local.atime_ns = None
             entry.local.is_wanted = False
+            self._catalog.touch(entry)
         return {"image_id": entry.image_id, "evicted_bytes": await self._linking.handler.remove_image(entry)}
 
     async def detach(self, ref: str, *, force: bool) -> dict[str, Any]:

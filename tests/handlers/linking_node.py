@@ -1,17 +1,20 @@
 """A node in memory whose images may be linked: Cinder, Glance, keeper and overlays are in memory, too."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
 
+from basefs.cache.reader_table import ReaderTable
 from basefs.catalog.records import ImageEntry
 from basefs.core.link_record import LinkRecord
 from basefs.core.names import base_name_of
 from basefs.handlers.base import Patience
 from basefs.handlers.downloading import DownloadingTemplateImageHandler
+from basefs.handlers.lending import VolumeLeases
 from basefs.handlers.link import LinkSettings
 from basefs.handlers.link_steps import LinkSteps
 from basefs.handlers.links import Links
@@ -63,6 +66,12 @@ class World:
     entries: dict[int, ImageEntry] = field(default_factory=dict)
     noted: dict[int, LinkRecord | None] = field(default_factory=dict)
     opens: dict[int, int] = field(default_factory=dict)
+    table_fd: int | None = None
+    """What readers look at, where there are some."""
+
+    def reader_table(self) -> ReaderTable | None:
+        """One more server's."""
+        return None if self.table_fd is None else ReaderTable(self.table_fd)
 
     def add(self, data: bytes, *, has_volume: bool = True, is_multiattach: bool = True, **fields: object) -> ImageEntry:
         number = len(self.entries) + 1
@@ -167,7 +176,7 @@ async def a_linking_node(world: World, *, unmounts: bool = True, **chosen: objec
         world.noted[entry.number] = entry.local.link
 
     async with trio.open_nursery() as nursery:
-        services = make_services(nursery, world.source, chunks)
+        services = replace(make_services(nursery, world.source, chunks), reader_table=world.reader_table())
         views = Views("raw")
         downloading = DownloadingTemplateImageHandler(chunks, CHUNK, services, views)
         uses = ImageUses(downloading, world.overlays)  # type: ignore[arg-type]
@@ -189,6 +198,14 @@ async def a_linking_node(world: World, *, unmounts: bool = True, **chosen: objec
                 node.volumes.kill()  # as far as Cinder and the fds of the server are concerned
             await handler.close()
         nursery.cancel_scope.cancel()
+        _close_as_its_end_does(steps.leases)
+
+
+def _close_as_its_end_does(leases: VolumeLeases) -> None:
+    for lending in leases._lent.values():
+        os.close(lending._lease_fd)
+    for end in leases._ends.values():
+        os.close(end)
 
 
 def held(world: World) -> set[str]:

@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +95,7 @@ async def a_node(world: World, *, has_before=False, require_verified=False) -> A
         return locations.get(image_id, [f"file://{world.directory}/images/{image_id}"])
 
     async with trio.open_nursery() as nursery:
-        services = make_services(nursery, world.source, chunks)
+        services = replace(make_services(nursery, world.source, chunks), reader_table=world.reader_table())
         views = Views("raw")
         downloading = DownloadingTemplateImageHandler(chunks, CHUNK, services, views)
         finder = PlaceFinder(

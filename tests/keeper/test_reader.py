@@ -22,19 +22,23 @@ from basefs.cache.reader_table import Entry, ReaderTable, new_table
 from basefs.core import fuse_wire as wire
 from basefs.keeper_reader_process import Place, clear_slots, taken_slots
 from basefs.reader import PUT_OFF_A_BURST, PUT_OFF_MAX, Reader
+from basefs.reader_attributes import AttributeCells
 from basefs.reader_inflate import Inflater
 from basefs.reader_layout import (
+    ATTRIBUTES,
     CLOSE,
     FILE,
     FORWARDED,
     HIT_BYTES,
     HITS,
     IMAGE,
+    KEPT,
     MESSAGE,
     SLOTS,
     SLOTS_BYTES,
     SWEEP,
     TABLE,
+    VOLUME,
     packed_word,
 )
 
@@ -87,6 +91,7 @@ class Rig:
         theirs.close()
         self.server = ours
         self.tell(TABLE, [self.table.fd])
+        (self.kept,) = KEPT.unpack(self.handed_on(KEPT.size))
 
     def tell(self, kind: int, fds: list[int], entry: Entry | None = None, *, inode: int = 0) -> None:
         assert self.server is not None
@@ -114,7 +119,7 @@ class Rig:
         return not select.select(watched, [], [], SILENCE_S)[0]
 
     def counters(self) -> list[int]:
-        return list(memoryview(mmap.mmap(self.slots_fd, 4096)).cast("Q")[:3])
+        return list(memoryview(mmap.mmap(self.slots_fd, 4096)).cast("Q")[:4])
 
     def end(self) -> None:
         if self.server is not None:
@@ -187,7 +192,7 @@ def test_hits_are_answered_and_everything_else_is_handed_on(rig: Rig) -> None:
     rig.kernel.send(wire.IN_HEADER.pack(HEADER + 8, 36, 21, 0, 0, 0, 0, 0, 0) + struct.pack("<Q", 20))
     rig.settle()
     assert rig.is_silent()
-    served = [0] * 3
+    served = [0] * 4
     served[HITS], served[HIT_BYTES], served[FORWARDED] = 4, 4096 + 16_000 + 24_000 + 1, len(others)
     assert rig.counters() == served
     assert taken_slots(Place(0, rig.slots_fd)) == []
@@ -387,6 +392,7 @@ def test_a_successor_goes_on_with_what_was_taken_and_no_more_than_the_slots_hold
     successor = Rig(rig.directory, rig.slots_fd)
     try:
         successor.new_server()
+        assert successor.kept == SLOTS
         length = len(lookup_of(2))
         uniques = {int.from_bytes(successor.handed_on(length)[8:16], "little") for _ in range(SLOTS)}
         assert uniques == {2 * number + 2 for number in range(SLOTS)}
@@ -491,3 +497,75 @@ def test_an_image_that_is_a_file_is_served_until_it_is_revoked(rig: Rig) -> None
     entry.revoke()
     rig.kernel.send(read_of(4, 0, 10))
     assert rig.handed_on(len(read_of(4, 0, 10))) == read_of(4, 0, 10)
+
+
+def getattr_of(unique: int, inode: int = INODE) -> bytes:
+    return wire.IN_HEADER.pack(HEADER + 16, 3, unique, inode, 0, 0, 1, 0, 0) + bytes(16)
+
+
+def flush_of(unique: int, inode: int, handle: int) -> bytes:
+    body = wire.FLUSH_IN.pack(handle, 0, 0, 0)
+    return wire.IN_HEADER.pack(HEADER + len(body), 25, unique, inode, 0, 0, 1, 0, 0) + body
+
+
+def test_attributes_are_told_as_the_table_has_them_with_and_without_a_server(rig: Rig) -> None:
+    told = random.Random(2).randbytes(104)
+    rig.kernel.send(getattr_of(2))  # nobody has told it where to look
+    rig.settle()
+    rig.new_server()
+    assert rig.kernel.recv(100) == struct.pack("<IiQ", 16, -4, 3)
+    assert rig.handed_on(HEADER + 16) == getattr_of(2)
+    cells = AttributeCells(rig.table.words)
+    cells.put(INODE, told)
+    rig.kernel.send(getattr_of(4))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(4, 104) + told
+    rig.kernel.send(getattr_of(6, INODE + 1))
+    assert rig.handed_on(HEADER + 16) == getattr_of(6, INODE + 1)
+    assert rig.server is not None
+    rig.server.close()
+    rig.server = None
+    rig.kernel.send(getattr_of(8))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(8, 104) + told
+    rig.new_server()
+    cells.clear(INODE)
+    rig.kernel.send(getattr_of(10))
+    assert rig.handed_on(HEADER + 16) == getattr_of(10)
+    rig.settle()
+    assert rig.counters()[ATTRIBUTES] == 2
+    assert taken_slots(Place(0, rig.slots_fd)) == []
+
+
+def test_the_close_of_an_image_is_answered_and_that_of_any_other_file_handed_on(rig: Rig) -> None:
+    rig.kernel.send(flush_of(2, INODE, HANDLE | 1))
+    assert rig.kernel.recv(1 << 20) == wire.error_reply(2, 0)
+    rig.new_server()
+    lower = 1 << 63 | 5
+    for unique, (inode, handle) in enumerate([(lower, 1 << 41), (5, 5 << 16 | 1), (INODE, 1 << 41)]):
+        other = flush_of(2 * unique + 4, inode, handle)
+        rig.kernel.send(other)
+        assert rig.handed_on(len(other)) == other
+
+
+def test_a_volume_is_closed_and_then_its_lease_once_it_is_revoked(rig: Rig) -> None:
+    rig.new_server()
+    path = rig.directory / "volume"
+    path.write_bytes(CONTENT)
+    entry = rig.table.list(7)
+    assert entry is not None
+    end, lease = os.pipe()
+    fd = os.open(path, os.O_RDONLY)
+    rig.tell(VOLUME, [lease, fd], entry)
+    os.close(fd)
+    os.close(lease)
+    rig.kernel.send(read_of(2, 20_000, 4096))
+    assert rig.kernel.recv(1 << 20) == wire.reply_header(2, 4096) + CONTENT[20_000:24_096]
+    assert not select.select([end], [], [], 0)[0]
+    entry.revoke()
+    rig.kernel.send(read_of(4, 0, 10))
+    assert rig.handed_on(len(read_of(4, 0, 10))) == read_of(4, 0, 10)
+    rig.tell(SWEEP, [])
+    assert os.read(end, 1) == b"", "nobody has the lease any more"
+    os.close(end)
+    status = path.stat()
+    open_now = {(found.st_dev, found.st_ino) for one in os.listdir("/proc/self/fd") if (found := _stat(int(one)))}
+    assert (status.st_dev, status.st_ino) not in open_now

@@ -16,7 +16,7 @@ from basefs import errors
 from basefs.cache.reader_table import ReaderTable, new_table
 from basefs.core import fuse_wire as wire
 from basefs.core.fuse_wire import Opcode
-from basefs.reader_layout import MESSAGE, SLOTS_BYTES, TABLE
+from basefs.reader_layout import KEPT, MESSAGE, SLOTS, SLOTS_BYTES, TABLE
 from basefs.service.readers import Readers
 
 HEADER = wire.IN_HEADER.size
@@ -45,8 +45,9 @@ class Face(pyfuse3.Operations):
 class Reader:
     """The reader's end of one connection, and the kernel's of its clone."""
 
-    def __init__(self, readers: Readers, number: int = 0, clone: "Reader | None" = None) -> None:
+    def __init__(self, readers: Readers, number: int = 0, clone: "Reader | None" = None, *, kept: int = 0) -> None:
         self.sock, theirs = socket.socketpair()
+        self.sock.send(KEPT.pack(kept))
         if clone is None:
             self.kernel, self._clone = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self.kernel.settimeout(10)
@@ -125,13 +126,32 @@ async def test_what_a_dead_reader_handed_on_is_answered_and_not_begun_again(
     await reader.send(mkdir(2, b"one") + mkdir(4, b"two") + mkdir(6, b"cut")[:-2])
     reader.sock.close()
     # What it had taken: the last one that it handed on, perhaps without having noted that, and the one in part.
-    successor = Reader(readers, clone=reader)
+    successor = Reader(readers, clone=reader, kept=2)
     await successor.send(mkdir(4, b"two") + mkdir(6, b"cut"))
     await trio.testing.wait_all_tasks_blocked()
     assert face.done == [b"one", b"two", b"cut"]
     face.gate.set()
     assert {(await reader.reply())[8] for _ in range(3)} == {2, 4, 6}
     assert readers.counts()["readers"] == 1
+    nursery.cancel_scope.cancel()
+    successor.close()
+    reader.close()
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+async def test_what_the_kernel_resends_is_begun_although_it_was_the_last_that_was_handed_on(
+    face: Face, readers: Readers, nursery: trio.Nursery, kept: int
+) -> None:
+    """After three quick deaths slots are cleared, and what had been resent before comes again with the same unique."""
+    nursery.start_soon(readers.run)
+    reader = Reader(readers)
+    await reader.send(mkdir(4, b"last"))
+    await reader.reply()
+    reader.sock.close()
+    successor = Reader(readers, clone=reader, kept=kept)
+    await successor.send(mkdir(4, b"last") * (1 + kept))
+    assert (await successor.reply())[8] == 4
+    assert face.done == [b"last", b"last"]
     nursery.cancel_scope.cancel()
     successor.close()
     reader.close()
@@ -150,10 +170,11 @@ async def test_no_more_is_begun_than_there_is_room_for(face: Face, readers: Read
     reader.close()
 
 
-async def test_what_is_no_request_ends_the_server(readers: Readers) -> None:
+@pytest.mark.parametrize(("kept", "data"), [(0, bytes(8)), (SLOTS + 1, b"")])
+async def test_what_is_no_request_ends_the_server(readers: Readers, kept: int, data: bytes) -> None:
     with pytest.RaisesGroup(errors.InternalError, allow_unwrapped=True, flatten_subgroups=True):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(readers.run)
-            reader = Reader(readers)
-            await reader.send(bytes(8))
+            reader = Reader(readers, kept=kept)
+            await reader.send(data)
     reader.close()
