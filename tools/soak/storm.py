@@ -1,6 +1,7 @@
 """All at once: raw, qcow2 and compressed images graduate, are unlinked and evicted, while servers and readers die."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -26,15 +27,16 @@ FORMS: dict[str, tuple[str, ...]] = {
     "zstd": ("-O", "qcow2", "-c", "-o", "compression_type=zstd,cluster_size=128k"),
 }
 """How `qemu-img convert` makes an image of what fio wrote."""
-CACHE_BYTES_MAX = 160 * MIB
-"""Less than all that is stored: something is evicted, and fetched again, all the time."""
+LAYOUTS = ((160 * MIB, 1), (1000 * MIB, 0), (100 * MIB, 2))
+"""`cache_max_bytes` and `readers`, one after the other: room for one image, so that something is evicted and fetched
+again all the time, and for all of them, so that they graduate."""
 READERS = 4
 WRITERS = 2
 STALL_S_MAX = 45.0
 """Glance is away for 5 s; what three unlucky kills have held back waits until a server served 10 s, or died without."""
 GLANCE_AWAY_S = 5.0
 OPTIONS: dict[str, object] = {
-    "cache_max_bytes": CACHE_BYTES_MAX,
+    "cache_max_bytes": 1000 * MIB,
     "watchdog_s": 3.0,
     "readers": 2,
     "graduate": True,
@@ -83,6 +85,7 @@ def _acts(rig: Rig, mount: BasefsMount, images: list[str]) -> dict[str, tuple[Ca
     """What is done to the mount, by name: the act, and the least and the most seconds between two of it."""
     paths = [mount.path(image_id) for image_id in images]
     rng = random.Random(5)
+    layouts = itertools.cycle(LAYOUTS)
 
     def reader(number: signal.Signals) -> Callable[[], bool]:
         def act() -> bool:
@@ -97,8 +100,8 @@ def _acts(rig: Rig, mount: BasefsMount, images: list[str]) -> dict[str, tuple[Ca
 
     def upgrade() -> bool:
         """To another number of readers, and another limit of the cache."""
-        changed = {"readers": rng.choice([0, 1, 2]), "cache_max_bytes": rng.choice([100, 160, 1000]) * MIB}
-        mount.configure(rig.conf_lines(), {**OPTIONS, **changed})
+        cache_bytes_max, readers = next(layouts)
+        mount.configure(rig.conf_lines(), {**OPTIONS, "cache_max_bytes": cache_bytes_max, "readers": readers})
         return mount.cli("upgrade", check=False).returncode == 0
 
     def unlink() -> bool:
