@@ -57,7 +57,7 @@ bench-stores: setup guest
 bench-%: setup
 	@$(PYTHON) -m tools.bench $*
 
-# What a node goes through in a year: kills, a cache too small, ten minutes without Glance; `make soak MINUTES=n` scales.
+# What a node goes through in a year: kills, a cache too small, all at once, ten minutes without Glance; `make soak MINUTES=n` scales.
 soak: setup guest
 	@$(PYTHON) -m tools.soak --minutes $(MINUTES) $(PHASES)
 

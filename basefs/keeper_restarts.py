@@ -73,7 +73,11 @@ class Restarts:
             return  # It took no request.
         limit_s = KILLED_QUICK_S if was_killed else STEADY_S
         if self._resent_at_s is None:
-            return  # It had not been given what is suspected.
+            # It had not been given what is suspected, and died all the same: something else kills, too. The next one
+            # gets them, for guests wait for them, and would for ever while no server lives for `_resend_wait_s` (seen
+            # in tools/soak: reads hung at a kill every 5 to 15 s). If it is them as well, every other server goes on.
+            self._suspicious = min(self._suspicious, DEATHS_WITH_RESEND_MAX - 1)
+            return
         if now_s - self._resent_at_s >= limit_s:
             if now_s - self._resent_at_s >= STEADY_S:
                 self._suspicious, self._resend_wait_s = 0, STEADY_S

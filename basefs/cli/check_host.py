@@ -6,7 +6,7 @@ import pwd
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from basefs.cli.cells import human_bytes
@@ -33,6 +33,15 @@ def check_directories(settings: Settings) -> Iterator[Finding]:
     yield from _cache_dir(settings.cache_dir)
     yield _instances_path(settings.instances_path)
     yield _nova_user(settings.nova_user)
+
+
+def check_config_files(paths: Iterable[str]) -> Finding:
+    """Files that were read and found right: whether anybody may read the passwords in them."""
+    open_ones = [path for path in paths if Path(path).stat().st_mode & stat.S_IROTH]
+    if open_ones:
+        names = " ".join(open_ones)
+        return warning("configuration", f"every user can read {names}, with the passwords in it: chmod 600 {names}")
+    return ok("configuration", "every section, key and value is known and fits")
 
 
 def free_space(check: str, path: Path | str, what: str) -> Finding:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from cliff.lister import Lister
 
 from basefs.cli.common import FAILURE, BasefsCommand
-from basefs.cli.findings import Finding, error, ok
+from basefs.cli.findings import Finding, error
 from basefs.errors import ConfigError
 
 
@@ -28,6 +28,7 @@ class Doctor(BasefsCommand, Lister):
 
     def _findings(self) -> Iterator[Finding]:
         from basefs.cli import check_host, check_mount
+        from basefs.config import find_config_files
 
         yield from check_host.check_host()
         try:
@@ -35,7 +36,8 @@ class Doctor(BasefsCommand, Lister):
         except ConfigError as exc:
             yield error("configuration", str(exc))
             return
-        yield ok("configuration", "every section, key and value is known and fits")
+        options = self.app.options
+        yield check_host.check_config_files(find_config_files(options.config_file, options.config_dir))
         yield from check_host.check_directories(settings)
         yield from check_mount.check_mount(settings)
 

@@ -46,7 +46,7 @@ class ControlClient:
 
     def image_map(self, ref: str, *, cells_max: int) -> dict[str, Any]:
         """What `ServiceView.image_map` tells."""
-        return self._object("GET", f"/maps/{quote(ref, safe='')}?cells={cells_max}")
+        return self._object("GET", f"/maps/{_quoted(ref)}?cells={cells_max}")
 
     def start_warm(self, ref: str) -> dict[str, Any]:
         """Have the server fetch the image, whatever becomes of this process."""
@@ -69,11 +69,11 @@ class ControlClient:
 
     def trace(self, ref: str) -> dict[str, Any]:
         """One image's boot trace."""
-        return self._object("GET", f"/traces/{quote(ref, safe='')}")
+        return self._object("GET", f"/traces/{_quoted(ref)}")
 
     def put_trace(self, ref: str, data: bytes) -> dict[str, Any]:
         """Give the image the boot trace in the file `data`."""
-        return self._object("PUT", f"/traces/{quote(ref, safe='')}", data)
+        return self._object("PUT", f"/traces/{_quoted(ref)}", data)
 
     def verify(self, ref: str | None) -> Generator[dict[str, Any], None, None]:
         """Progress of checking what is here of the image, or of all images (None)."""
@@ -176,5 +176,10 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(os.fspath(self._path))
 
 
+def _quoted(ref: str) -> str:
+    """What a command was given, also what is no text in the locale's encoding: that fits no image."""
+    return quote(ref, safe="", errors="surrogateescape")
+
+
 def _image_path(ref: str) -> str:
-    return "/images/" + quote(ref, safe="")
+    return "/images/" + _quoted(ref)

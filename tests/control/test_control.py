@@ -93,6 +93,13 @@ async def test_an_error_of_the_service_reaches_the_command_in_its_words(view, pa
         await call(path, method, ref)
 
 
+async def test_an_argument_that_is_no_text_is_no_image(view, path):
+    with pytest.raises(errors.ControlError, match="no image"):
+        await call(path, "image", b"\xff.img".decode(errors="surrogateescape"))
+    with pytest.raises(errors.ControlError, match="no image"):
+        await call(path, "image_map", "\udcff", cells_max=8)
+
+
 async def test_traces_come_and_go(view, path):
     assert await call(path, "traces") == await view.traces()
     told = await call(path, "trace", "one")

@@ -317,6 +317,7 @@ def test_what_waits_to_be_inflated_when_another_server_comes_is_handed_on(rig: R
     assert rig.kernel.recv(1 << 20) == packed.answer(4, 1)
     asked = [rig.kernel.recv(100) for _ in range(2)]
     assert sorted(asked) == [struct.pack("<IiQ", 16, -4, unique | 1) for unique in (6, 8)]
+    assert rig.handed_on(KEPT.size) == KEPT.pack(2)
     assert rig.handed_on(2 * len(packed.read(2, 0))) == packed.read(6, 2) + packed.read(8, 3)
     assert before is not None
     before.close()

@@ -1,5 +1,6 @@
 """When the next server starts and what it is given: pure decisions, with times as numbers."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 from basefs.keeper_restarts import BACKOFF_MAX_S, RESEND_WAIT_MAX_S, STEADY_S, Restarts, StartFailures
@@ -76,6 +77,32 @@ def test_what_was_held_back_and_did_no_harm_ends_the_suspicion(expected_warnings
     restarts.resent(restarts.resend_due_s)
     restarts.died("killed", now_s + 10 * STEADY_S, was_killed=True)
     assert restarts.may_resend
+
+
+def test_what_was_held_back_is_handed_out_when_a_server_dies_without_it(expected_warnings):
+    expected_warnings(HELD_BACK)
+    restarts = Restarts()
+    now_s = 0.0
+    for _ in range(3):
+        _, now_s = died_after(restarts, 0.2, now_s)
+    assert not restarts.may_resend
+    restarts.died("cannot start", now_s, was_killed=False)
+    assert not restarts.may_resend, "one that took no request says nothing"
+    _, now_s = died_after(restarts, STEADY_S - 1, now_s, was_killed=True)
+    assert restarts.may_resend
+    _, now_s = died_after(restarts, 0.2, now_s)
+    assert not restarts.may_resend, "they are still the first to be suspected"
+
+
+def test_servers_that_die_for_another_reason_keep_no_request_waiting_for_ever(expected_warnings):
+    """A soak found it: guests waited as long as some server was killed every 5 to 15 s, after four unlucky kills."""
+    expected_warnings(HELD_BACK)
+    restarts = Restarts()
+    now_s, handed_out = 0.0, []
+    for _ in range(40):
+        handed_out.append(restarts.may_resend)
+        _, now_s = died_after(restarts, 7.0, now_s)
+    assert all(any(pair) for pair in pairwise(handed_out)), "every other server gets them"
 
 
 def test_kills_from_outside_hold_nothing_back_unless_they_come_at_once():

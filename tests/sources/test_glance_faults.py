@@ -15,6 +15,7 @@ from basefs.sources import session as session_module
 from basefs.sources.base import Digest
 from basefs.sources.glance import GlanceSource
 from basefs.sources.metadata import GlanceMetadata
+from basefs.sources.session import INACTIVITY_TIMEOUT_S
 from tests.contract.test_image_source import Taken
 from tests.fakes import answers
 from tests.fakes.front import MisbehavingFront
@@ -288,7 +289,7 @@ async def test_the_operators_timeout_wins(front, tmp_path, image):
     began = trio.current_time()
     with pytest.raises(errors.SourceUnavailableError, match="timed out"):
         await ranged(GlanceSource(access, threads_max=2), image)
-    assert 0.9 < trio.current_time() - began < 5
+    assert 0.9 < trio.current_time() - began < INACTIVITY_TIMEOUT_S
     access.close()
 
 
@@ -378,7 +379,7 @@ async def test_only_glances_own_404_to_the_metadata_makes_an_image_absent(front,
 async def test_a_body_that_drips_is_given_up(front, source, image, monkeypatch):
     monkeypatch.setattr(bodies_module, "PACE_S", 0.5)
     front.on("/file").respond(answers.slow(1000), times=1)
-    with trio.fail_after(10), pytest.raises(errors.SourceUnavailableError, match="bytes in"):
+    with trio.fail_after(60), pytest.raises(errors.SourceUnavailableError, match="bytes in"):
         await ranged(source, image)
     assert (await ranged(source, image)).joined(OFFSET) == DATA[OFFSET : OFFSET + LENGTH]
 
@@ -386,5 +387,5 @@ async def test_a_body_that_drips_is_given_up(front, source, image, monkeypatch):
 async def test_silence_inside_a_body_is_cut_short(front, source, image, monkeypatch):
     monkeypatch.setattr(access_module, "BODY_SILENCE_S", 0.5)
     front.on("/file").respond(answers.slow(1), times=1)  # the first byte, then a second of nothing
-    with trio.fail_after(10), pytest.raises(errors.SourceUnavailableError):
+    with trio.fail_after(60), pytest.raises(errors.SourceUnavailableError):
         await source.fetch_range(image, size=SIZE, offset=0, length=LENGTH, piece_bytes=1, deliver=Taken())

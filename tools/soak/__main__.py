@@ -13,10 +13,15 @@ from pathlib import Path
 
 from tools.bench.report import Report
 from tools.mount import ROOT
-from tools.soak import churn, kills, outage
+from tools.soak import churn, kills, outage, storm
 from tools.soak.context import FULL_MINUTES, Soak
 
-PHASES: dict[str, Callable[[Soak], None]] = {"kills": kills.run, "churn": churn.run, "outage": outage.run}
+PHASES: dict[str, Callable[[Soak], None]] = {
+    "kills": kills.run,
+    "churn": churn.run,
+    "storm": storm.run,
+    "outage": outage.run,
+}
 
 
 def _interrupted(number: int, _frame: object) -> None:

@@ -28,9 +28,11 @@ class FioResult:
         return max(self.stalls_s, default=0.0)
 
 
-def make_image(path: Path, size: int) -> None:
+def make_image(path: Path, size: int, *, compressible_percent: int = 0) -> None:
     """Write an image whose every block fio can verify; `size` in bytes, a multiple of 1 MiB."""
     argv = ["fio", "--name=write", f"--filename={path}", "--rw=write", f"--bs={BLOCK_BYTES}", f"--size={size}"]
+    if compressible_percent:
+        argv += ["--refill_buffers", f"--buffer_compress_percentage={compressible_percent}"]
     subprocess.run([*argv, *_VERIFY, "--do_verify=0"], check=True, capture_output=True)
 
 
