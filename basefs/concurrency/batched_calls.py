@@ -57,6 +57,7 @@ class BatchedCalls:
         if self._trips < self._trips_max:
             self._trips += 1
             call.carries = True
+            await self._let_others_come()
         else:
             self._waiting.append(call)
             await self._wait(call)
@@ -65,6 +66,14 @@ class BatchedCalls:
         assert call.result is not None
         result: T = call.result.unwrap()
         return result
+
+    async def _let_others_come(self) -> None:
+        """Calls whose tasks were woken together make one trip together."""
+        try:
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled:
+            self._end_trip()
+            raise
 
     async def _wait(self, call: _Call) -> None:
         try:
