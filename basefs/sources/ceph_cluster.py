@@ -5,7 +5,6 @@ may block (connecting, opening, closing) is in threads, with a deadline, and is 
 does not answer; librados' own time-outs end it there. The server's end waits for none of them (`os._exit`).
 """
 
-import contextlib
 import importlib.machinery
 import importlib.util
 import logging
@@ -79,38 +78,6 @@ def error_of_code(code: int, what: str) -> errors.SourceError:
         return ConnectionLostError(f"{what}: the cluster does not take requests of this client any more")
     text = "no answer in time" if code == _ETIMEDOUT else f"error {code}"
     return errors.SourceUnavailableError(f"{what}: {text}", may_be_away=code != _EIO)
-
-
-class Completion:
-    """One asynchronous call of librados or librbd. Who does not `wait` for it misses nothing."""
-
-    def __init__(self, start: Callable[[Callable[[Any, Any], None]], object]) -> None:
-        """`start` makes the call and hands it the function that is called, in a thread of the library, at its end."""
-        self._token = trio.lowlevel.current_trio_token()
-        self._done = trio.Event()
-        self._code = 0
-        self._data: bytes | None = None
-        start(self._complete)
-
-    def _complete(self, completion: Any, data: bytes | None = None) -> None:  # noqa: ANN401  has no types
-        self._code, self._data = completion.get_return_value(), data
-        with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._done.set)
-
-    def has_come(self, length: int) -> bool:
-        """Whether it has ended well, with so many bytes."""
-        return self._done.is_set() and self._data is not None and len(self._data) == length
-
-    async def ended(self) -> None:
-        """Return when it has ended, well or not. Cancellation: at any time."""
-        await self._done.wait()
-
-    async def wait(self, what: str) -> bytes:
-        """What was read. Raises the error that the library's code means; cancellation: at any time."""
-        await self._done.wait()
-        if self._code < 0:
-            raise error_of_code(-self._code, what)
-        return self._data or b""
 
 
 class Cluster:
@@ -187,6 +154,8 @@ class CephCalls:
 
     def __init__(self, library: CephLibrary) -> None:
         self._library = library
+        self.errors: tuple[type[Exception], ...] = (library.rados.Error, library.rbd.Error)
+        """What calls of the libraries raise."""
         self._threads = BlockingCalls("ceph", threads_max=BLOCKING_THREADS_MAX)
 
     async def make(
@@ -203,17 +172,10 @@ class CephCalls:
             return await self._threads.run_within(limit_s, handover.run, give_back, fn, *args)
         except trio.TooSlowError:
             raise errors.SourceUnavailableError(f"{what}: no answer within {limit_s:g} s", may_be_away=True) from None
-        except (self._library.rados.Error, self._library.rbd.Error) as exc:
-            raise self._translated(exc, what) from exc
+        except self.errors as exc:
+            raise self.translated(exc, what) from exc
         finally:
             handover.abandon()
-
-    def begin(self, what: str, start: Callable[[Callable[[Any, Any], None]], object]) -> Completion:
-        """An asynchronous call that has begun; see `Completion`. Raises as `make`."""
-        try:
-            return Completion(start)
-        except (self._library.rados.Error, self._library.rbd.Error) as exc:
-            raise self._translated(exc, what) from exc
 
     async def give_back(self, limit_s: float, fn: Callable[[], None]) -> None:
         """Call `fn` in a thread, and leave it behind there when it takes longer. Cancellation: never; bounded."""
@@ -222,10 +184,13 @@ class CephCalls:
                 await self._threads.run_within(limit_s, fn)
             except trio.TooSlowError:
                 log.debug("ceph: something could not be closed within %g s", limit_s)
-            except (self._library.rados.Error, self._library.rbd.Error) as exc:
+            except self.errors as exc:
                 log.debug("ceph: %s", safe_text(str(exc)))
 
-    def _translated(self, exc: Exception, what: str) -> errors.SourceError:
+    def translated(self, exc: BaseException, what: str) -> BaseException:
+        """The error of ours that one of `errors` means; any other is a bug, and itself."""
+        if not isinstance(exc, self.errors):
+            return exc
         code = getattr(exc, "errno", None)
         if isinstance(exc, self._library.rados.ObjectNotFound) and not isinstance(code, int):
             code = _ENOENT

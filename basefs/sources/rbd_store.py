@@ -1,18 +1,15 @@
 """Images in Ceph, as Glance's rbd store keeps them: an RBD image named by the image id, and its snapshot `snap`.
 
-Invariant: no byte is delivered that the snapshot might not have. Once it is removed its objects are read as zeros where
-they were deleted, and with other bytes where the image was written since (seen: the OSD answers from its head); nobody
-tells us, for a reader without the right to write can watch nothing. The snapshot goes from the header before
-that. So what was read counts if the header has the snapshot *after* it was read; reads that wait share one such
-question. Where the snapshot was allocated nowhere when it was opened (its object map; a snapshot does not change) are
-zeros without a read.
+Invariant: no byte is delivered that the snapshot might not have. Once it is removed its objects are read as zeros
+where they were deleted, and with other bytes where the image was written since (seen: the OSD answers from its head);
+nobody tells us, for a reader without the right to write can watch nothing. The snapshot goes from the header before
+that. So what was read counts if the header has the snapshot *after* it was read (`rbd_reads`). Where the snapshot was
+allocated nowhere when it was opened (its object map; a snapshot does not change) are zeros without a read.
 """
 
-import struct
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import trio
 
@@ -27,11 +24,11 @@ from basefs.sources.ceph_cluster import (
     CephCalls,
     CephLibrary,
     Cluster,
-    Completion,
     ConnectionLostError,
     connected,
     load_library,
 )
+from basefs.sources.rbd_reads import ConfirmedRead, SnapshotReads
 from basefs.sources.rbd_snapshot import Snapshot, open_snapshot
 from basefs.sources.store import StoreName
 
@@ -43,7 +40,6 @@ CLOSE_LIMIT_S = 3.0
 _CONNECT_SLACK_S = 2.0
 _SMALL_TRIPS_MAX = 2
 """More than one, for a delivery may wait until the cache has room; more would find fewer calls to take along."""
-_ANSWER_BYTES_MAX = 4096
 _OTHER_CLUSTER = "the location is in another Ceph cluster than [rbd] ceph_conf"
 
 
@@ -51,13 +47,13 @@ _OTHER_CLUSTER = "the location is in another Ceph cluster than [rbd] ceph_conf"
 class _Piece:
     offset: int
     length: int
-    read: Completion | None
+    read: ConfirmedRead | None
     """None: zeros, without a read."""
 
     @property
     def is_right(self) -> bool:
         """Whether its bytes are there; a read that failed is told when those before it were delivered."""
-        return self.read is None or self.read.has_come(self.length)
+        return self.read is None or self.read.is_right
 
 
 class RbdObject:
@@ -71,9 +67,8 @@ class RbdObject:
         self._snapshot = snapshot
         self._what = what
         self._is_closed = False
+        self._reads = SnapshotReads(calls, snapshot)
         self._zeros = b""
-        self._question: Completion | None = None
-        """The last one for the snapshot in the header."""
 
     async def fetch_range(self, *, offset: int, length: int, piece_bytes: int, deliver: Deliver) -> None:
         """See `StoreObject`. Cancellation: at once, but for what is being delivered."""
@@ -103,56 +98,24 @@ class RbdObject:
                 return
 
     def _begin(self, what: str, offset: int, length: int) -> _Piece:
-        image = self._snapshot.image
         if self._snapshot.is_hole(offset, length):
             return _Piece(offset=offset, length=length, read=None)
         self._store.requests += 1
-        read = self._calls.begin(what, lambda done: image.aio_read(offset, length, done))
-        return _Piece(offset=offset, length=length, read=read)
+        return _Piece(offset=offset, length=length, read=self._reads.begin(what, offset, length))
 
     async def _next_batch(self, ahead: deque[_Piece], what: str) -> list[tuple[int, bytes]]:
         """The first piece, and those after it that are there, too; taken off `ahead`. Waits for the first one only."""
         batch: list[tuple[int, bytes]] = []
-        is_read = False
         while ahead and (not batch or ahead[0].is_right):
             piece = ahead[0]
             if piece.read is None:
                 data = self._zeros_of(piece.length)
             else:
                 data = await piece.read.wait(what)
-                if len(data) != piece.length:
-                    raise errors.SourceCorruptError(f"{what}: librbd read {len(data)} bytes instead of {piece.length}")
                 self._store.received_bytes += len(data)
-                is_read = True
             ahead.popleft()
             batch.append((piece.offset, data))
-        if is_read:
-            await self._confirm(f"{what}: its snapshot")
         return batch
-
-    async def _confirm(self, what: str) -> None:
-        """Return if the header has the snapshot, by a question that begins after this call; several share one.
-
-        Raises:
-            StoreGoneError: it has not.
-        """
-        before = self._question
-        if before is not None:
-            await before.ended()
-        # No checkpoint between these two, so whoever waited for the same one finds the next one begun, by one of them.
-        if self._question is before:
-            self._question = self._ask(what)
-        assert self._question is not None
-        await self._question.wait(what)
-
-    def _ask(self, what: str) -> Completion:
-        snapshot = self._snapshot
-        wanted = struct.pack("<Q", snapshot.snapshot_id)
-
-        def ask(done: Any) -> None:  # noqa: ANN401  librados has no types
-            snapshot.pool.aio_execute(snapshot.header, "rbd", "get_snapshot_name", wanted, _ANSWER_BYTES_MAX, done)
-
-        return self._calls.begin(what, ask)
 
     def _zeros_of(self, length: int) -> bytes:
         if len(self._zeros) != length:
@@ -163,6 +126,7 @@ class RbdObject:
         """See `StoreObject`. Bounded: a cluster that does not answer has it closed later, by its own time-outs."""
         if not self._is_closed:
             self._is_closed = True
+            self._reads.close()
             await self._calls.give_back(CLOSE_LIMIT_S, self._snapshot.image.close)
 
 

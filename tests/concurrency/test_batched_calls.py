@@ -49,6 +49,27 @@ async def test_what_comes_during_a_trip_makes_the_next_one_together():
     assert len(set(threads)) == 1
 
 
+async def test_who_was_woken_together_makes_one_trip():
+    calls, threads = BatchedCalls("test", trips_max=2), []
+    go = trio.Event()
+
+    async def call():
+        await go.wait()
+        await calls.run(lambda: threads.append(threading.get_ident()))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(16):
+            nursery.start_soon(call)
+        await trio.testing.wait_all_tasks_blocked()
+        trips = []
+        made = calls._threads.run
+        calls._threads.run = lambda fn, batch: trips.append(len(batch)) or made(fn, batch)
+        go.set()
+    assert len(threads) == 16
+    # Two took a place each; the one that goes first takes along all who wait.
+    assert sorted(trips) == [1, 15]
+
+
 async def test_a_caller_that_leaves_before_its_trip_is_not_called_and_the_others_are():
     calls, go, made = BatchedCalls("test", trips_max=1), threading.Event(), []
     async with trio.open_nursery() as nursery:

@@ -196,7 +196,8 @@ class RealSwiftWorld(_RigWorld):
         super().__init__(rig)
         found = Api(rig.keystone_url).call("GET", "/projects?name=demo1", headers={"X-Auth-Token": rig.token()})[1]
         self._project = str(found["projects"][0]["id"])
-        self.request("PUT", "", **{"X-Container-Read": self._project})
+        self._make_container()
+        self._let_read(self._project)
         self.store = self._store(
             auth_type="password",
             auth_url=rig.keystone_url,
@@ -231,6 +232,15 @@ class RealSwiftWorld(_RigWorld):
     def forbid(self) -> None:
         self._let_read("")
         self.undo.callback(self._let_read, self._project)
+
+    def _make_container(self) -> None:
+        """If it is not there: a PUT of one that is, with another ACL than it has, is answered 409 by radosgw."""
+        try:
+            self.request("HEAD", "")
+        except requests.HTTPError as exc:
+            if exc.response.status_code != 404:
+                raise
+            self.request("PUT", "")
 
     def _let_read(self, acl: str) -> None:
         self.request("POST", "", **{"X-Container-Read": acl})

@@ -2,13 +2,17 @@
 
 import contextlib
 import os
+import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ExpectedWarnings, MountFactory
+from tools.guest import create_overlay
 from tools.mount import BasefsMount
 from tools.rig import Rig, radosgw
 
@@ -95,6 +99,44 @@ def test_what_is_killed_under_a_reader_and_comes_back_costs_it_nothing_but_time(
 
     Reader(path, data, {SIZE // STEP // 2: kill}).join()
     again.join()
+
+
+@pytest.mark.parametrize(("store", "source", "daemon"), [("ceph", "rbd", "osd.0"), ("s3", "s3", "rgw")])
+def test_what_is_killed_under_qemu_and_comes_back_costs_it_no_error(
+    rig: Rig,
+    basefs_mount: MountFactory,
+    expected_warnings: ExpectedWarnings,
+    tmp_path: Path,
+    store: str,
+    source: str,
+    daemon: str,
+) -> None:
+    data = os.urandom(SIZE // 512 * 512)
+    image_id = rig.upload(data, f"in {store} for qemu", store=store)
+    expected_warnings("")
+    mount = basefs_mount(rig, options(rig))
+    base = mount.path(image_id)
+    create_overlay(base, tmp_path / "overlay")
+    convert = ["qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=65536", f"if={tmp_path / 'overlay'}"]
+    qemu = subprocess.Popen([*convert, f"of={tmp_path / 'read'}"], stderr=subprocess.PIPE)
+    try:
+        while base.stat().st_blocks * 512 < SIZE // 4:
+            assert qemu.poll() is None, "it was done before anything was killed"
+            time.sleep(0.002)
+        qemu.send_signal(signal.SIGSTOP)  # or it might be done before
+        assert source in read_from(mount, image_id)
+        rig.ceph.kill(daemon)
+        assert qemu.poll() is None, "it was done before anything was killed"
+        qemu.send_signal(signal.SIGCONT)
+        again = threading.Timer(5.0, rig.ceph.start_daemon, [daemon])
+        again.start()
+        _, complaints = qemu.communicate(timeout=READER_LIMIT_S)
+        again.join()
+    finally:
+        qemu.kill()
+        qemu.wait()
+    assert (qemu.returncode, complaints) == (0, b"")
+    assert (tmp_path / "read").read_bytes() == data
 
 
 def test_an_image_deleted_in_ceph_is_never_read_as_zeros(

@@ -69,20 +69,6 @@ async def test_an_image_that_was_written_after_its_snapshot_was_removed_gives_no
     await found.close()
 
 
-async def test_who_waits_for_the_headers_word_shares_one_that_began_after_all_of_them(ceph, store):
-    found = await store.open(ceph.add(IMAGE, b"data"), image_id=IMAGE, size=4)
-    ceph.confirming.clear()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(found._confirm, "the first")
-        await trio.testing.wait_all_tasks_blocked()
-        for name in ("the second", "the third", "the fourth"):
-            nursery.start_soon(found._confirm, name)
-        await trio.testing.wait_all_tasks_blocked()
-        ceph.confirming.set()
-    assert ceph.confirms == 2
-    await found.close()
-
-
 async def test_a_cluster_that_does_not_answer_is_given_up_and_what_comes_late_is_closed(ceph, store, monkeypatch):
     location = ceph.add(IMAGE, b"data")
     ceph.answers.clear()
