@@ -74,7 +74,7 @@ def run_all(bench: Bench, works: list[str]) -> None:
         work_guest.know_trace(bench, guest)
         work_guest.one_guest(bench, GBIT_10_MS, guest, [kind for kind in bench.peers if kind is not BasefsPacked])
         for link in (LOOPBACK, GBIT) if BasefsTraced in bench.peers else ():
-            work_guest.one_guest(bench, link, guest, [BasefsTraced])
+            work_guest.one_guest(bench, link, guest, [kind for kind in bench.peers if kind in (BasefsTraced, Local)])
         shared = [kind for kind in bench.peers if kind is not BasefsPacked]
         work_guest.many_guests(bench, GBIT, guest, shared, different=False)
         ours = [kind for kind in bench.peers if kind in OF_DIFFERENT_DISKS]

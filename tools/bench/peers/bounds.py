@@ -5,10 +5,10 @@ from tools.bench.peers import work_cached, work_guest, work_trace
 from tools.bench.peers.record import Results, median_of
 from tools.bench.report import Report
 
-OURS, TRACED, LIMIT = "basefs", "basefs trace", "local file"
+OURS, TRACED, TWO_READERS, LIMIT = "basefs", "basefs trace", "basefs 2 readers", "local file"
 GUESTS_BYTES_MAX = 1.1
 """No two boots read the same: of each other's 710 units of 64 KiB 2 to 6 differ (docs/DESIGN.md, Boot traces)."""
-NO_OPERATORS_CHOICE = (OURS, TRACED, LIMIT, "basefs qcow2", work_cached.CURL)
+NO_OPERATORS_CHOICE = (OURS, TRACED, TWO_READERS, LIMIT, "basefs qcow2", work_cached.CURL)
 
 
 def judge(report: Report, results: Results) -> None:
@@ -42,7 +42,7 @@ def _cold_guest(report: Report, results: Results) -> None:
 
 def _trace_known(report: Report, results: Results) -> None:
     for link in ("loopback", "1 Gbit/s"):
-        ratio = results.ratio(work_guest.COLD, link, TRACED, LIMIT, other_link="1 Gbit/s, 10 ms")
+        ratio = results.ratio(work_guest.COLD, link, TRACED, LIMIT)
         if ratio is not None:
             report.at_most(f"cold guest, trace known, {link}: seconds / local file's", ratio, 1.05)
         fetched = median_of(results.of(work_guest.COLD, link, TRACED), "fetched_bytes")
@@ -67,9 +67,11 @@ def _cached(report: Report, results: Results) -> None:
                 report.at_least(f"{workload.name}, cached: IOPS / those of {peer}", ratio, 1.0)
         best = max(_others(results), key=lambda peer: results.median(*cell, peer) or 0.0, default=None)
         if workload.is_throughput and best is not None:
-            ratio = results.ratio(*cell, OURS, best)
-            if ratio is not None:
-                report.at_least(f"{workload.name}, cached: bytes / those of the best peer ({best})", ratio, 2.0)
+            name = f"{workload.name}, cached: bytes / those of the best peer ({best})"
+            for ours, told in ((OURS, name), (TWO_READERS, "  with two readers, of which the issue speaks")):
+                ratio = results.ratio(*cell, ours, best)
+                if ratio is not None:
+                    report.at_least(told, ratio, 2.0)
 
 
 def _many(report: Report, results: Results) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -26,10 +27,12 @@ class Basefs(Peer):
     """This project, as `basefs mount` starts it; nothing is fetched but what is read and what that leads to."""
 
     name = "basefs"
+    options: ClassVar[Mapping[str, object]] = {}
+    """Beside those that say where it is: as it comes."""
 
     def __init__(self, access: Access, directory: Path) -> None:
         super().__init__(access, directory)
-        self._mount = BasefsMount(directory / "basefs", access.conf_lines())
+        self._mount = BasefsMount(directory / "basefs", access.conf_lines(), dict(self.options))
 
     @classmethod
     def version(cls) -> str:
@@ -80,6 +83,13 @@ class BasefsTraced(Basefs):
             trace = {**json.loads(self.access.site.boot_trace), "image_id": disk.image_id}
             (traces / f"{base_name(disk.image_id)}.json").write_text(json.dumps(trace), encoding="ascii")
         super().start()
+
+
+class BasefsTwoReaders(Basefs):
+    """The same with two readers, the default from three processors on; in works of what is here only."""
+
+    name = "basefs 2 readers"
+    options: ClassVar[Mapping[str, object]] = {"readers": 2}
 
 
 class BasefsPacked(Basefs):

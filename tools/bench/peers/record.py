@@ -68,12 +68,12 @@ class Results:
         values = [one.value for one in self.of(work, link, peer)]
         return statistics.median(values) if values else None
 
-    def ratio(self, work: str, link: str, peer: str, other: str, *, other_link: str | None = None) -> float | None:
+    def ratio(self, work: str, link: str, peer: str, other: str) -> float | None:
         """The median of the alternations' ratios of two peers' values, how often `peer`'s is as much as `other`'s.
 
-        None if no alternation has both. `other_link`: of what was measured over another link.
+        None if no alternation has both.
         """
-        others = {one.alternation: one.value for one in self.of(work, other_link or link, other)}
+        others = {one.alternation: one.value for one in self.of(work, link, other)}
         pairs = [(one.value, others[one.alternation]) for one in self.of(work, link, peer) if one.alternation in others]
         return statistics.median(a / b for a, b in pairs) if pairs else None
 

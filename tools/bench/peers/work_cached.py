@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tools.bench.cached import DIRECT, fio_read
 from tools.bench.peers.link_model import LinkSpec
-from tools.bench.peers.peers import BasefsPacked, BasefsTraced, NovaDownload
+from tools.bench.peers.peers import Basefs, BasefsPacked, BasefsTraced, BasefsTwoReaders, NovaDownload
 from tools.bench.peers.site import BLOB_BYTES, Access
 from tools.bench.peers.work import Bench
 
@@ -28,6 +28,8 @@ def name(workload: str) -> str:
 def cached_disk(bench: Bench, link: LinkSpec) -> None:
     """All peers side by side, each read by turns; beside the first, cold read a curl of the same bytes from Glance."""
     kinds = [kind for kind in bench.peers if kind not in LEFT_OUT]
+    if Basefs in kinds:
+        kinds.append(BasefsTwoReaders)
     with contextlib.ExitStack() as stack:
         access = stack.enter_context(Access(bench.site, link))
         paths: dict[str, Path] = {}
