@@ -251,3 +251,13 @@ def pids_with_environment(run_id: str) -> list[int]:
                 if wanted in environ.read().split(b"\0"):
                     found.append(int(entry))
     return found
+
+
+def reader_pids(mount: BasefsMount) -> list[int]:
+    """Return the processes that are readers of this mount now."""
+    found = []
+    for pid in pids_with_environment(mount.run_id):
+        with contextlib.suppress(OSError):
+            if b"basefs.reader" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found

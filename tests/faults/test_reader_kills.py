@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ExpectedWarnings, MountFactory
 from tests.faults.readers import eventually
-from tools.mount import BasefsMount, pids_with_environment
+from tools.mount import BasefsMount, reader_pids
 from tools.rig import Rig
 from tools.soak.killer import KILLED_SERVERS_LOG, Killer, again
 from tools.soak.lower_writers import lower_writers
@@ -26,15 +26,6 @@ IMAGE_BYTES = 12 * MIB
 READER_DIED = r"reader \d+ died \(signal SIGKILL\)"
 SMALL_CACHE = {"cache_max_bytes": 8 * MIB, "cache_min_free_bytes": 0, "fetch_request_bytes_max": MIB}
 """Less than the image: it is evicted and fetched all the time."""
-
-
-def reader_pids(mount: BasefsMount) -> list[int]:
-    found = []
-    for pid in pids_with_environment(mount.run_id):
-        with contextlib.suppress(OSError):
-            if b"basefs.reader" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                found.append(pid)
-    return found
 
 
 class Looper:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tools.bench.scale import MIB
-from tools.mount import BasefsMount, pids_with_environment
+from tools.mount import BasefsMount, reader_pids
 from tools.rig import Rig
 from tools.soak.context import Soak, status
 from tools.soak.fio_readers import FioReaders, make_image
@@ -72,15 +72,6 @@ def _images(rig: Rig, scratch: Path) -> dict[str, str]:
     return images
 
 
-def _reader_pids(mount: BasefsMount) -> list[int]:
-    found = []
-    for pid in pids_with_environment(mount.run_id):
-        with contextlib.suppress(OSError):
-            if b"basefs.reader" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                found.append(pid)
-    return found
-
-
 def _acts(rig: Rig, mount: BasefsMount, images: list[str]) -> dict[str, tuple[Callable[[], bool], float, float]]:
     """What is done to the mount, by name: the act, and the least and the most seconds between two of it."""
     paths = [mount.path(image_id) for image_id in images]
@@ -89,7 +80,7 @@ def _acts(rig: Rig, mount: BasefsMount, images: list[str]) -> dict[str, tuple[Ca
 
     def reader(number: signal.Signals) -> Callable[[], bool]:
         def act() -> bool:
-            pids = _reader_pids(mount)
+            pids = reader_pids(mount)
             if not pids:
                 return False
             with contextlib.suppress(ProcessLookupError):
